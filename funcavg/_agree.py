@@ -1,0 +1,160 @@
+"""Agreement: before anything moves, ranks make sure that they mean the same, and raise alike if they do not.
+
+One exchange of fixed size tells every rank all it needs::
+
+    magic, version   is this the same protocol?
+    flags            has a rank found a mistake of its own?
+    weight           of this rank
+    digest           of all that must be equal: paths, order, dtypes, shapes, the mask of `where`, options
+    layout           of what need not be equal, but helps when it is: ties, and which leaves lie on an accelerator
+
+Only if something is wrong, a second one carries the words: rank 0 and the first rank that differs (or the first that
+found a mistake) publish their texts, and every rank composes the same error out of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from funcavg._errors import FuncavgError, TreeMismatchError
+from funcavg._tree import ROOT
+from funcavg.collectives.base import Collective
+
+__all__ = ["Agreement", "Claim", "agree", "digest"]
+
+MAGIC, VERSION = b"favg", 1
+HEADER = struct.Struct("<4sHHd16s16s")
+HAS_ERROR, DONATES_TIES = 1, 2
+TEXT_BYTES = 64 << 10  # of a compressed text; more is cut off
+SHOWN = 5  # differences listed in an error
+NOTHING_MOVED = "Nothing was sent and the inputs are unchanged, on every rank."
+ERRORS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (TypeError, ValueError, RuntimeError)}
+
+
+def digest(lines: Sequence[str]) -> bytes:
+    """Return 16 bytes that stand for ``lines``."""
+    return hashlib.blake2b("\n".join(lines).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+class Claim(NamedTuple):
+    """What one rank brings to a call."""
+
+    signature: bytes  # digest of `lines`
+    lines: Sequence[str]  # "path: text" of every leaf, after one line of options
+    layout: bytes
+    weight: float = 1.0
+    weighted: bool = False
+    donates_ties: bool = False
+    error: Exception | None = None
+
+
+class Agreement(NamedTuple):
+    """What all ranks know afterwards."""
+
+    weights: list[float] | None  # None: the plain mean
+    same_layout: bool
+
+
+def agree(collective: Collective, claim: Claim, timeout: float) -> Agreement | Exception:
+    """Exchange claims; return what follows from them, or the error that every rank is to raise."""
+    flags = HAS_ERROR * (claim.error is not None) + DONATES_TIES * claim.donates_ties
+    payload = HEADER.pack(MAGIC, VERSION, flags, claim.weight, claim.signature, claim.layout)
+    heads = [HEADER.unpack(head) for head in collective.gather(payload, timeout)]
+    for rank, (magic, version, *_) in enumerate(heads):
+        if (magic, version) != (MAGIC, VERSION):
+            return FuncavgError(
+                f"average: rank {rank} speaks another version of the protocol ({magic!r} {version}, here {MAGIC!r} "
+                f"{VERSION}). Install the same funcavg on all ranks. {NOTHING_MOVED}"
+            )
+    failed = [rank for rank, head in enumerate(heads) if head[2] & HAS_ERROR]
+    if failed:
+        return _share_error(collective, claim, failed, timeout)
+    signatures = [head[4] for head in heads]
+    different = [rank for rank, signature in enumerate(signatures) if signature != signatures[0]]
+    if different:
+        return TreeMismatchError(_describe_mismatch(collective, claim, different, timeout))
+    layouts = [head[5] for head in heads]
+    same_layout = len(set(layouts)) == 1
+    if not same_layout and any(head[2] & DONATES_TIES for head in heads):
+        rank = next(rank for rank, head in enumerate(heads) if head[2] & DONATES_TIES)
+        return ValueError(
+            f"average: donate=True on rank {rank}, whose tree holds the same memory twice (tied leaves), where other "
+            f"ranks' trees do not: two means cannot be written to one place. Tie the same leaves on every rank, or "
+            f"pass donate=False. {NOTHING_MOVED}"
+        )
+    weights = [head[3] for head in heads] if claim.weighted else None
+    if weights is not None and not any(weights):
+        return ValueError(f"average: the weights of all {len(weights)} ranks are 0. {NOTHING_MOVED}")
+    return Agreement(weights, same_layout)
+
+
+def _publish(collective: Collective, text: str, timeout: float) -> list[str]:
+    """Gather a text from every rank, its last lines cut off where it exceeds what a large group can carry."""
+    packed = zlib.compress(text.encode("utf-8", "replace"))[:TEXT_BYTES]
+    payload = struct.pack("<I", len(packed)) + packed.ljust(TEXT_BYTES, b"\0")
+    texts = []
+    for received in collective.gather(payload, timeout):
+        (length,) = struct.unpack_from("<I", received)
+        unpacked = zlib.decompressobj().decompress(received[4 : 4 + length]).decode("utf-8", "replace")
+        texts.append(unpacked if length < TEXT_BYTES else unpacked.rpartition("\n")[0])
+    return texts
+
+
+def _share_error(collective: Collective, claim: Claim, failed: list[int], timeout: float) -> Exception:
+    first = failed[0]
+    text = ""
+    if claim.error is not None and collective.rank == first:
+        text = f"{type(claim.error).__name__}\n{claim.error}"
+    kind, _, message = _publish(collective, text, timeout)[first].partition("\n")
+    who = f"rank {first}: " if collective.size > 1 else ""
+    also = f" ({len(failed)} of {collective.size} ranks found a mistake.)" if len(failed) > 1 else ""
+    if kind not in ERRORS:
+        message = f"{kind}: {message}"
+    error = ERRORS.get(kind, FuncavgError)(f"average: {who}{message}{also} {NOTHING_MOVED}")
+    error.__cause__ = claim.error
+    return error
+
+
+def _describe_mismatch(collective: Collective, claim: Claim, different: list[int], timeout: float) -> str:
+    other = different[0]
+    text = "\n".join(claim.lines) if collective.rank in (0, other) else ""
+    texts = _publish(collective, text, timeout)
+    ours, theirs = texts[0].split("\n"), texts[other].split("\n")
+    differences = _differences(ours, theirs, other)
+    shown = "\n".join(f"    {line}" for line in differences[:SHOWN])
+    more = f"\n    ... and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
+    if not differences:
+        shown = f"    the first {min(len(ours), len(theirs)) - 1} leaves are alike; a later one differs"
+    ranks = f"{len(different)} of {collective.size} ranks differ{'s' if len(different) == 1 else ''} from rank 0"
+    hint = ""
+    if any("DTensor" in line for line in differences):
+        hint = " The group spans shards of a DTensor: pass the mesh of its replicate dimension, mesh['replicate']."
+    return (
+        f"average: ranks passed trees that do not match ({ranks}).\n{shown}{more}\n{NOTHING_MOVED} Every rank must "
+        f"pass the same paths, shapes, dtypes, order and options.{hint}"
+    )
+
+
+def _differences(ours: list[str], theirs: list[str], other: int) -> list[str]:
+    """Compare two signatures, each a line of options and then "path: text" lines."""
+    found = []
+    if ours[0] != theirs[0]:
+        found.append(f"options:  rank 0 {ours[0]},  rank {other} {theirs[0]}")
+    left, right = (dict(line.rsplit(": ", 1) for line in lines[1:] if line) for lines in (ours, theirs))
+    for path in [*left, *(path for path in right if path not in left)]:
+        mine, yours = left.get(path, "has no such leaf"), right.get(path, "has no such leaf")
+        if mine != yours:
+            found.append(f"{path}:  rank 0 {mine},  rank {other} {yours}")
+    if not found:
+        for position, (mine, yours) in enumerate(zip(left, right, strict=False)):
+            if mine != yours:
+                found.append(
+                    f"leaf {position}:  rank 0 {mine},  rank {other} {yours} (the same leaves in another order; a "
+                    f"plain dict is matched by key, so dict({ROOT}) cures an OrderedDict)"
+                )
+                break
+    return found

@@ -1,0 +1,142 @@
+"""The kernel: one shard from every rank in, their mean out, summed in wide precision.
+
+Leaves of 32 bits and fewer are summed in float64 and rounded once, so that
+
+    |result - mean| <= 1/2 ulp(result) + N * 2**-53 * mean|x|
+
+and equal replicas come back bit for bit. Work goes in blocks that stay in the cache. Complex numbers never get
+here: the mean is linear, so they arrive as pairs of reals.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["mean_into", "tensor_mean_into"]
+
+BLOCK = 32 * 1024  # elements: the float64 sums of a block take 256 KiB
+
+Bytes = npt.NDArray[np.uint8]
+NATIVE = {"float16": np.float16, "float32": np.float32, "float64": np.float64, "longdouble": np.longdouble}
+
+
+def mean_into(out: Bytes, shards: Sequence[Bytes], weights: Sequence[float] | None, element: str) -> None:
+    """Write the (weighted) mean of equally long ``shards`` into ``out``; all are flat bytes of dtype ``element``.
+
+    ``out`` may be one of the shards. A shard of weight 0 is never read, NaN included.
+    """
+    if weights is not None:
+        top = max(weights)  # scaled by it, neither the sum of weights nor a product can overflow
+        shards = [shard for shard, weight in zip(shards, weights, strict=True) if weight]
+        scales = [weight / top for weight in weights if weight]
+        weights = None if all(scale == 1.0 for scale in scales) else scales
+    if element in NATIVE and (element != "float16" or "torch" not in sys.modules):
+        arrays = [shard.view(NATIVE[element]) for shard in shards]
+        with np.errstate(all="ignore"):
+            for block in _blocks(arrays[0].size):
+                _mean_native(out.view(NATIVE[element])[block], [a[block] for a in arrays], weights)
+    elif (torch_dtype := getattr(sys.modules.get("torch"), element, None)) is not None:
+        import torch
+
+        tensors = [torch.from_numpy(shard).view(torch_dtype) for shard in shards]
+        result = torch.from_numpy(out).view(torch_dtype)
+        for block in _blocks(tensors[0].numel()):
+            tensor_mean_into(result[block], [t[block] for t in tensors], weights)
+    else:
+        import ml_dtypes  # a leaf of this dtype came from there
+
+        dtype = np.dtype(getattr(ml_dtypes, element))
+        arrays = [shard.view(dtype) for shard in shards]
+        with np.errstate(all="ignore"):
+            for block in _blocks(arrays[0].size):
+                wide = [a[block].astype(np.float32) for a in arrays]
+                total = _wide_mean(wide, weights, np.float64)
+                out.view(dtype)[block] = _round_to_odd(total.view(np.int64)).view(np.float64).astype(np.float32)
+
+
+def _blocks(size: int) -> list[slice]:
+    return [slice(start, start + BLOCK) for start in range(0, size, BLOCK)]
+
+
+def _mean_native(out: npt.NDArray[Any], shards: list[npt.NDArray[Any]], weights: Sequence[float] | None) -> None:
+    if len(shards) == 2 and weights is None and out.dtype.itemsize >= 4:
+        # One addition rounds once, and halving is exact: no wider sum is needed, unless it overflows.
+        # The sum goes to scratch memory, since `out` may be one of the shards and those may be read again.
+        try:
+            with np.errstate(over="raise"):
+                total = np.add(*shards)
+            np.multiply(total, 0.5, out=out)
+            return
+        except FloatingPointError:
+            pass
+    wide = np.float64 if out.dtype.itemsize <= 4 else out.dtype.type
+    mean = _wide_mean(shards, weights, wide)
+    if out.dtype.itemsize > 4 and len(shards) > 1:
+        # Sums as narrow as the leaves may come back an ulp off. Replicas that are equal must not.
+        equal = np.ones(out.shape, np.bool_)
+        for shard in shards[1:]:
+            equal &= shard == shards[0]
+        np.copyto(mean, shards[0], where=equal)
+    np.copyto(out, mean, casting="unsafe")
+
+
+def _wide_mean(shards: list[npt.NDArray[Any]], weights: Sequence[float] | None, wide: type) -> npt.NDArray[Any]:
+    """Return sum(w * x) / sum(w), computed in dtype ``wide``."""
+    weights = weights or [1.0] * len(shards)
+    norm = sum(weights)
+
+    def weighted_sum(divisor: float) -> npt.NDArray[Any]:
+        total: npt.NDArray[Any] = np.multiply(shards[0], weights[0] / divisor, dtype=wide)
+        for shard, weight in zip(shards[1:], weights[1:], strict=True):
+            scale = weight / divisor
+            np.add(total, shard if scale == 1.0 else np.multiply(shard, scale, dtype=wide), out=total)
+        return total
+
+    try:
+        with np.errstate(over="raise"):
+            return np.divide(total := weighted_sum(1.0), norm, out=total)
+    except FloatingPointError:  # float64 leaves near the largest float64: divide first, at the price of an ulp
+        return weighted_sum(norm)
+
+
+def _round_to_odd(bits: npt.NDArray[np.int64]) -> Any:
+    """Cut float64 bits to float32's precision, leaving a trace of what was cut.
+
+    A conversion by way of float32 rounds twice, and the second rounding may mistake what the first one left for an
+    exact tie. With the last bit kept odd when anything was cut off, the second rounding is right (Boldo and
+    Melquiond, "When double rounding is odd", 2005). Works on NumPy arrays and torch tensors alike.
+    """
+    cut = (1 << 29) - 1
+    return (bits | ((bits & cut) + cut)) & ~cut
+
+
+def tensor_mean_into(out: Any, shards: Sequence[Any], weights: Sequence[float] | None) -> None:
+    """Do the same with torch tensors, on their own device: 16-bit and 8-bit floats, and all dtypes on a GPU."""
+    import torch
+
+    if len(shards) == 2 and weights is None and out.element_size() <= 2:
+        # Halves are exact in float32, and their sum, rounded there and then to 16 bits, is rounded right since
+        # 24 >= 2 * 11 + 2. (The sum of two bfloat16 could overflow float32; that of their halves cannot.)
+        total = shards[0].to(torch.float32).mul_(0.5)
+        out.copy_(total.add_(shards[1].to(torch.float32), alpha=0.5))
+        return
+    weights = weights or [1.0] * len(shards)
+    total = shards[0].to(torch.float64, copy=True)
+    if weights[0] != 1.0:
+        total.mul_(weights[0])
+    for shard, weight in zip(shards[1:], weights[1:], strict=True):
+        total.add_(shard.to(torch.float64), alpha=weight)
+    total.div_(sum(weights))
+    if out.element_size() <= 2:
+        total = _round_to_odd(total.view(torch.int64)).view(torch.float64).to(torch.float32)
+    elif out.dtype == torch.float64:  # see _mean_native
+        equal = torch.ones_like(out, dtype=torch.bool)
+        for shard in shards[1:]:
+            equal &= shard == shards[0]
+        total = torch.where(equal, shards[0], total)
+    out.copy_(total)

@@ -1,0 +1,235 @@
+"""What a rank asks for: a tree taken apart and described, its own mistakes kept for agreement to report."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import optree
+
+from funcavg import _tree
+from funcavg._agree import Claim, digest
+from funcavg._arrays import Family, Leaf, family_of
+
+__all__ = ["Layout", "Request", "Where", "make_request"]
+
+Where = Callable[[tuple[Any, ...]], Any]
+BAD_SHOWN = 5
+
+
+@dataclass(frozen=True, eq=False)  # a key by identity
+class Layout:
+    """All that follows from a tree's structure, dtypes and shapes: made once, remembered."""
+
+    averaged: list[int]  # positions of averaged leaves among all
+    families: list[Family]  # of averaged leaves, like all that follows
+    leaves: list[Leaf]
+    special: list[int]  # those that are not their own carrier, or need wrapping
+    spans: Any  # (leaves, 2) bytes: where each leaf's memory begins and ends, seen from its address
+    lines: list[str]  # the signature, but for options
+    signature: bytes  # its digest
+    devices: frozenset[str]  # accelerators that hold leaves; empty if there are several, for one is what a rank has
+    on_device: str  # the mask of leaves that lie there
+
+
+class Request(NamedTuple):
+    """One rank's side of a call."""
+
+    everything: Sequence[Any]  # leaves, averaged or not
+    spec: optree.PyTreeSpec
+    layout: Layout | None  # None if there is an error
+    claim: Claim
+    ties: dict[int, int]  # averaged leaf -> the first with the same memory
+    donate: bool
+
+    @property
+    def leaves(self) -> list[Any]:
+        """The leaves that are averaged."""
+        assert self.layout is not None
+        return [self.everything[i] for i in self.layout.averaged]
+
+    def rebuild(self, results: Sequence[Any]) -> Any:
+        """Return the tree with its averaged leaves replaced."""
+        assert self.layout is not None
+        everything = list(self.everything)
+        for i, result in zip(self.layout.averaged, results, strict=True):
+            everything[i] = result
+        return _tree.unflatten(self.spec, everything)
+
+
+def make_request(
+    everything: Sequence[Any],
+    spec: optree.PyTreeSpec,
+    *,
+    weight: Any = None,
+    where: Where | None = None,
+    only: frozenset[int] | None = None,
+    donate: bool = False,
+    wrapped: bool = False,
+) -> Request:
+    """Take a call's arguments apart. Mistakes in the tree or the weight go into the claim, for all ranks to raise.
+
+    ``only`` restricts averaging to leaves at these positions, as ``where`` does to paths. ``wrapped`` leaves are those
+    of a torch transform: ties are not looked for, since their memory may be out of reach.
+    """
+    try:
+        number = _check_weight(weight)
+        if where is not None:
+            accepted = (i for i, path in enumerate(_tree.paths(spec)) if where(path))
+            only = frozenset(accepted if only is None else only.intersection(accepted))
+        layout = _layout_of(everything, spec, only)
+        leaves = [everything[i] for i in layout.averaged]
+        ties = {} if wrapped else _find_ties(layout, leaves)
+        if donate:
+            _check_donation(layout, leaves, ties)
+    except Exception as mistake:  # whatever it is, the other ranks must hear of it
+        return Request(everything, spec, None, Claim(bytes(16), (), bytes(16), error=mistake), {}, donate)
+    options = "with a weight" if weight is not None else "without weight"
+    claim = Claim(
+        digest([options, layout.signature.hex()]),
+        [options, *layout.lines],
+        digest([repr(sorted(ties.items())), layout.on_device]),
+        number,
+        weight is not None,
+        donates_ties=donate and bool(ties),
+    )
+    return Request(everything, spec, layout, claim, ties, donate)
+
+
+def _check_weight(weight: Any) -> float:
+    if weight is None:
+        return 1.0
+    try:
+        if isinstance(weight, (bool, str, bytes)):
+            raise TypeError
+        number = float(weight)
+    except (TypeError, ValueError, RuntimeError):
+        shown = f"{weight!r} of type {type(weight).__name__}"
+        raise TypeError(f"weight must be a number, at least 0, got {shown}.") from None
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"weight must be finite and at least 0, got {weight!r}.")
+    return number
+
+
+_LAYOUTS: OrderedDict[Hashable, Layout] = OrderedDict()
+LAYOUTS = 32  # remembered
+
+
+def _layout_of(everything: Sequence[Any], spec: optree.PyTreeSpec, only: frozenset[int] | None) -> Layout:
+    families = [family_of(leaf) for leaf in everything]
+    try:
+        keys = tuple([
+            family.key(leaf) if only is None or i in only else None
+            for i, (family, leaf) in enumerate(zip(families, everything, strict=True))
+        ])  # fmt: skip
+    except Exception:  # a leaf that cannot even say its shape: found again below, and named
+        return _describe_all(everything, families, spec, only)
+    key = (spec, keys)
+    layout = _LAYOUTS.get(key)
+    if layout is None:
+        layout = _LAYOUTS[key] = _describe_all(everything, families, spec, only)
+        while len(_LAYOUTS) > LAYOUTS:
+            _LAYOUTS.popitem(last=False)
+    return layout
+
+
+def _describe_all(
+    everything: Sequence[Any], families: list[Family], spec: optree.PyTreeSpec, only: frozenset[int] | None
+) -> Layout:
+    names = _tree.names(spec)
+    lines, bad, averaged, leaves = [], [], [], []
+    for i, (leaf, family) in enumerate(zip(everything, families, strict=True)):
+        if only is not None and i not in only:
+            lines.append(f"{names[i]}: not averaged")
+            continue
+        try:
+            described = family.describe(leaf)
+        except Exception as error:
+            bad.append(f"{names[i]} is a {error}")
+            continue
+        lines.append(f"{names[i]}: {described.text}")
+        if described.element is not None:
+            averaged.append(i)
+            leaves.append(described)
+    if bad:
+        shown = "; ".join(bad[:BAD_SHOWN]) + (f"; and {len(bad) - BAD_SHOWN} more" if len(bad) > BAD_SHOWN else "")
+        raise TypeError(
+            f"{len(bad)} of {len(everything)} leaves can be neither averaged nor passed through: {shown}. Leaves must "
+            f"be arrays, numbers, bools or None; leave others out with where=, or with equinox.partition."
+        )
+    chosen = [families[i] for i in averaged]
+    devices = frozenset(leaf.device for leaf in leaves if leaf.device)
+    devices = devices if len(devices) == 1 else frozenset()
+    return Layout(
+        averaged,
+        chosen,
+        leaves,
+        [i for i, leaf in enumerate(leaves) if not leaf.plain],
+        np.array([family.span(everything[i]) for family, i in zip(chosen, averaged, strict=True)]).reshape(-1, 2),
+        lines,
+        digest(lines),
+        devices,
+        "".join("x" if devices and leaf.device else "." for leaf in leaves),
+    )
+
+
+def _find_ties(layout: Layout, leaves: Sequence[Any]) -> dict[int, int]:
+    """Return {leaf: the first leaf that is the same memory in the same dtype, shape and strides}."""
+    addresses = _addresses(layout, leaves)
+    if len(set(addresses)) == len(addresses):
+        return {}
+    first: dict[Hashable, int] = {}
+    ties = {}
+    for i, (family, leaf, address) in enumerate(zip(layout.families, leaves, addresses, strict=True)):
+        original = first.setdefault((address, family.geometry(leaf)), i)
+        if original != i:
+            ties[i] = original
+    return ties
+
+
+def _addresses(layout: Layout, leaves: Sequence[Any]) -> list[int]:
+    """Return where each leaf's memory begins; something unique where there is none."""
+    addresses: list[int] = [0] * len(leaves)
+    for family in set(layout.families):
+        members = [i for i, other in enumerate(layout.families) if other is family]
+        for i, address in zip(members, family.addresses([leaves[i] for i in members]), strict=True):
+            addresses[i] = address or -id(leaves[i])
+    return addresses
+
+
+def _check_donation(layout: Layout, leaves: Sequence[Any], ties: dict[int, int]) -> None:
+    names = [line.rsplit(": ", 1)[0] for line in layout.lines]
+    for i, (family, leaf) in enumerate(zip(layout.families, leaves, strict=True)):
+        reason = family.refuse_donation(leaf)
+        if reason is not None:
+            name = names[layout.averaged[i]]
+            raise ValueError(f"donate=True, but {name} is {reason}. Pass donate=False, or a copy of it.")
+    kept = [i for i in range(len(leaves)) if i not in ties]
+    spans = layout.spans[kept] + np.array(_addresses(layout, leaves), np.int64)[kept, None]
+    order = np.argsort(spans[:, 0], kind="stable")
+    begins, ends = spans[order, 0], np.maximum.accumulate(spans[order, 1])
+    if not (begins[1:] < ends[:-1]).any():
+        return
+    # Extents meet. Interleaved views, such as x[0::2] and x[1::2], may still have no element in common.
+    for position, this in enumerate(order):
+        for that in order[:position]:
+            if spans[that, 1] > spans[this, 0] and _share(layout, leaves, kept[this], kept[that]):
+                one, other = (names[layout.averaged[kept[k]]] for k in sorted((this, that)))
+                raise ValueError(
+                    f"donate=True, but {one} and {other} overlap in memory without being equal views. "
+                    f"Pass donate=False, or copies of them."
+                )
+
+
+def _share(layout: Layout, leaves: Sequence[Any], this: int, that: int) -> bool:
+    one, other = (layout.families[i].as_numpy(leaves[i]) for i in (this, that))
+    if one is None or other is None:
+        return True  # on an accelerator, where nobody can tell
+    try:
+        return np.shares_memory(one, other, max_work=100_000)
+    except np.exceptions.TooHardError:
+        return True

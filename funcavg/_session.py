@@ -1,0 +1,106 @@
+"""What is remembered of a collective between calls: whether it is usable, and the plans and memory of its buckets.
+
+One call at a time: a session is entered by the thread that averages and by nobody else until it is done.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from funcavg._buckets import Slots, bucket_bytes, host_memory
+from funcavg._errors import PeerLostError
+from funcavg.collectives.base import Collective
+
+__all__ = ["Session", "session_of"]
+
+PLANS = 8  # remembered per collective
+T = TypeVar("T")
+
+
+class Session:
+    """State of one collective."""
+
+    def __init__(self, size: int) -> None:
+        self.bucket_bytes = bucket_bytes(size)
+        self._lock = threading.Lock()
+        self._plans: OrderedDict[Hashable, Any] = OrderedDict()
+        self._slots: dict[str, Slots] = {}
+        self._spent: str | None = None
+        self._busy_with = ""
+
+    @contextmanager
+    def entered(self, what: str) -> Iterator[None]:
+        """Hold the session for one call; raise at once if it is spent or another call is under way."""
+        self.enter(what)
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def enter(self, what: str) -> None:
+        """Begin a call."""
+        if self._spent is not None:
+            raise PeerLostError(
+                f"{what}: this group is spent, since an earlier call on it failed ({self._spent}). Make a new group "
+                f"and start from one rank's parameters or a checkpoint."
+            )
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(
+                f"{what}: {self._busy_with} is still under way on this group. Only one call at a time can use a group: "
+                f"wait for its handle first, or use a second group."
+            )
+        self._busy_with = what
+
+    def leave(self) -> None:
+        """End a call."""
+        self._lock.release()
+
+    def spend(self, error: BaseException) -> None:
+        """Declare the group unusable: ranks may no longer agree about where in a call they are."""
+        self._spent = f"{type(error).__name__}: {error}"
+        _GRAVEYARD.append((self._slots, self._plans))  # a transfer that failed may still write there
+        self._slots, self._plans = {}, OrderedDict()
+
+    def slots(self, memory: str) -> Slots:
+        """Return the bucket memory on the host (``"cpu"``) or on an accelerator (torch's name of the device)."""
+        if memory not in self._slots:
+            allocate = host_memory if memory == "cpu" else _device_memory(memory)
+            self._slots[memory] = Slots(allocate, self.bucket_bytes)
+        return self._slots[memory]
+
+    def remember(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return ``make()``, or what it returned for this key before."""
+        if key in self._plans:
+            self._plans.move_to_end(key)
+        else:
+            self._plans[key] = make()
+            if len(self._plans) > PLANS:
+                self._plans.popitem(last=False)
+        result: T = self._plans[key]
+        return result
+
+
+def _device_memory(device: str) -> Callable[[int], Any]:
+    import torch
+
+    return lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+_GRAVEYARD: list[Any] = []
+_SESSIONS: dict[int, Session] = {}  # by id: a user's transport need not be hashable
+_GUARD = threading.Lock()
+
+
+def session_of(collective: Collective) -> Session:
+    """Return the session of a collective; it lives as long as the collective."""
+    key = id(collective)
+    with _GUARD:
+        if key not in _SESSIONS:
+            weakref.finalize(collective, _SESSIONS.pop, key, None)
+            _SESSIONS[key] = Session(collective.size)
+        return _SESSIONS[key]

@@ -1,0 +1,165 @@
+"""Average as a function that torch can transform: grad, vjp, jvp, vmap and their compositions.
+
+The mean is linear, so each rule is another average:
+
+    jvp     the tangents' (weighted) mean
+    vjp     the cotangents' plain mean, times N w_i / sum(w)
+    vmap    the mean of the batched leaves
+
+The convention is that the loss is the sum over ranks. Every rank must take the same derivatives.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import optree
+
+from funcavg import _tree
+from funcavg._arrays import wraps_local_tensor
+from funcavg._engine import move, reach_agreement
+from funcavg._request import Where, make_request
+from funcavg._session import Session
+from funcavg.collectives.base import Collective
+
+__all__ = ["average_differentiably", "is_transformed"]
+
+
+def is_transformed(everything: Sequence[Any]) -> bool:
+    """Say whether torch would want to know what happens to these leaves."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return False
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return any(isinstance(leaf, torch.Tensor) for leaf in everything)
+    return torch.is_grad_enabled() and any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in everything)
+
+
+def average_differentiably(
+    everything: Sequence[Any],
+    spec: optree.PyTreeSpec,
+    collective: Collective,
+    session: Session,
+    weight: Any,
+    where: Where | None,
+    donate: bool,
+    timeout: float,
+) -> Any:
+    """Average a flattened tree, as an operation that torch can differentiate and vectorise; rebuild it."""
+    import torch
+
+    probe = make_request(everything, spec, weight=weight, where=where, wrapped=True)
+    if donate and probe.claim.error is None:
+        refusal = ValueError("donate=True under torch.func transforms, or where gradients are recorded. Pass donate=False.")
+        probe = probe._replace(claim=probe.claim._replace(error=refusal))
+    if probe.layout is None or probe.claim.error is not None:
+        with session.entered("average"):
+            reach_agreement(probe, collective, session, timeout)  # raises it on every rank
+        raise AssertionError("ranks agreed on a mistake")
+    positions = [i for i in probe.layout.averaged if isinstance(everything[i], torch.Tensor)]
+    # A DTensor goes through torch's rules as its local shard, and into the request as itself.
+    dtensors = {i: everything[i] for i in positions if wraps_local_tensor(everything[i])}
+    tensors = [everything[i].to_local() if i in dtensors else everything[i] for i in positions]
+    step = _Step(everything, spec, positions, dtensors, frozenset(probe.layout.averaged), weight)
+    step.collective, step.session, step.timeout = collective, session, timeout
+    results = list(everything)
+    if positions:
+        for i, output in zip(positions, _average_function().apply(step, *tensors), strict=True):
+            results[i] = wraps_local_tensor(dtensors[i]).rewrap(dtensors[i], output) if i in dtensors else output
+    else:
+        step.run(())
+    for i, other in step.others.items():
+        results[i] = other
+    return _tree.unflatten(spec, results)
+
+
+class _Step:
+    """One average of tensors at given positions of a tree; its rules are averages at the same positions."""
+
+    collective: Collective
+    session: Session
+    timeout: float
+
+    def __init__(
+        self,
+        everything: Sequence[Any],
+        spec: optree.PyTreeSpec,
+        positions: list[int],
+        dtensors: dict[int, Any],
+        only: frozenset[int],
+        weight: Any,
+    ) -> None:
+        self.everything, self.spec, self.positions, self.dtensors = everything, spec, positions, dtensors
+        self.only, self.weight = only, weight
+        self.others: dict[int, Any] = {}  # results of leaves that are not tensors, once run
+        self.scale = 1.0  # N w / sum(w), once run
+
+    def derived(self, *, weight: Any) -> _Step:
+        """Return the average of tangents or cotangents: of the tensors only."""
+        step = _Step(self.everything, self.spec, self.positions, self.dtensors, frozenset(self.positions), weight)
+        step.collective, step.session, step.timeout = self.collective, self.session, self.timeout
+        return step
+
+    def run(self, tensors: Sequence[Any]) -> tuple[Any, ...]:
+        """Average now."""
+        everything = list(self.everything)
+        for i, tensor in zip(self.positions, tensors, strict=True):
+            dtensor = self.dtensors.get(i)
+            family = wraps_local_tensor(dtensor)
+            everything[i] = tensor.detach() if family is None else family.rewrap(dtensor.detach(), tensor.detach())
+        request = make_request(everything, self.spec, weight=self.weight, only=self.only, wrapped=True)
+        with self.session.entered("average"):
+            agreement = reach_agreement(request, self.collective, self.session, self.timeout)
+            results = move(request, agreement, self.collective, self.session, self.timeout)
+        assert request.layout is not None
+        by_position = dict(zip(request.layout.averaged, results, strict=True))
+        if agreement.weights is not None:
+            top = max(agreement.weights)
+            total = sum(w / top for w in agreement.weights)
+            self.scale = self.collective.size * (agreement.weights[self.collective.rank] / top) / total
+        outputs = [by_position.pop(i) for i in self.positions]
+        self.others = by_position
+        return tuple(out.to_local() if i in self.dtensors else out for i, out in zip(self.positions, outputs, strict=True))
+
+
+@functools.cache
+def _average_function() -> Any:
+    import torch
+
+    class Average(torch.autograd.Function):
+        @staticmethod
+        def forward(step: _Step, *tensors: Any) -> Any:  # type: ignore[override]  # the form with setup_context
+            with torch.no_grad():
+                return step.run(tensors)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.step = inputs[0]
+            ctx.shapes = [(out.shape, out.dtype, out.device) for out in output]
+
+        @staticmethod
+        def backward(ctx: Any, *cotangents: Any) -> Any:
+            means = Average.apply(ctx.step.derived(weight=None), *_materialised(ctx, cotangents))
+            scale = ctx.step.scale
+            if scale == 0.0:  # 0 * nan would be nan
+                return None, *(torch.zeros_like(mean) for mean in means)
+            return None, *(mean if scale == 1.0 else mean * scale for mean in means)
+
+        @staticmethod
+        def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
+            return Average.apply(ctx.step.derived(weight=ctx.step.weight), *_materialised(ctx, tangents))
+
+        @staticmethod
+        def vmap(info: Any, in_dims: Any, step: _Step, *tensors: Any) -> Any:
+            # The batch goes first, so that ranks which batch along different dimensions send the same shapes.
+            moved = [t if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, in_dims[1:], strict=True)]
+            return Average.apply(step, *moved), tuple(None if dim is None else 0 for dim in in_dims[1:])
+
+    def _materialised(ctx: Any, values: Any) -> list[Any]:
+        rows = zip(values, ctx.shapes, strict=True)
+        return [torch.zeros(s, dtype=d, device=v) if value is None else value for value, (s, d, v) in rows]
+
+    return Average

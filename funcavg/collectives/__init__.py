@@ -1,0 +1,121 @@
+"""With whom: from what a user passes as ``group`` to the `Collective` that moves his bytes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from funcavg._errors import missing_extra
+from funcavg.collectives.base import Collective
+from funcavg.collectives.solo import Solo
+
+__all__ = ["Collective", "Solo", "as_collective", "launched_ranks"]
+
+_SOLO = Solo()
+
+# (variable with the number of ranks, variable that must be there too, who sets them, what to call)
+_TORCH = "torch.distributed.init_process_group()"
+_MPI = "`from mpi4py import MPI` and pass group=MPI.COMM_WORLD"
+LAUNCHERS = [
+    ("WORLD_SIZE", "RANK", "torchrun", _TORCH),
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "Open MPI's mpiexec", _MPI),
+    ("PMI_SIZE", "PMI_RANK", "MPICH's mpiexec", _MPI),
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "srun", f"{_TORCH}, or {_MPI}"),
+]
+
+
+def as_collective(group: Any = None) -> Collective | None:
+    """Return the `Collective` behind whatever can be passed as ``group``; None if this rank is not in it.
+
+    ==========================================  ===========================================================
+    ``group``                                   who takes part
+    ==========================================  ===========================================================
+    ``None``                                    torch.distributed's default group if it is initialised, else
+                                                this process alone
+    ``ProcessGroup``, 1-D ``DeviceMesh``        the ranks of that torch group, whatever its backend
+    a `Collective`                              its ranks
+    ==========================================  ===========================================================
+
+    The same group gives the same collective each time. Its attribute ``bytes_sent`` counts what this rank has sent.
+
+    Raises:
+        TypeError: If ``group`` is none of these.
+        ValueError: If it is a destroyed process group, or a mesh of several dimensions.
+        RuntimeError: If ``group`` is None and a launcher has started several ranks, but nothing connects them yet:
+            averaging each rank with itself alone would go unnoticed.
+    """
+    torch_dist = sys.modules.get("torch.distributed")
+    if torch_dist is not None and not torch_dist.is_available():
+        torch_dist = None
+    if group is None:
+        if torch_dist is not None and torch_dist.is_initialized():
+            group = torch_dist.group.WORLD
+        else:
+            _guard_against_silent_solo(os.environ)
+            return _SOLO
+    if torch_dist is not None and _is_torch_group(group, torch_dist):
+        from funcavg.collectives.torch import collective_of
+
+        return collective_of(group)
+    if isinstance(group, type):
+        raise TypeError(f"average: group is a class, {group!r}; pass an instance of it")
+    if isinstance(group, Collective):
+        return group
+    _reject(group)
+
+
+def _is_torch_group(group: Any, torch_dist: Any) -> bool:
+    kinds: tuple[type, ...] = (torch_dist.ProcessGroup,)
+    if (mesh := sys.modules.get("torch.distributed.device_mesh")) is not None:
+        kinds = (*kinds, mesh.DeviceMesh)
+    outside = type(group) is int and group == torch_dist.GroupMember.NON_GROUP_MEMBER
+    return outside or isinstance(group, kinds)
+
+
+def _reject(group: Any) -> Any:
+    if isinstance(group, str) or (isinstance(group, tuple) and group and all(isinstance(n, str) for n in group)):
+        raise TypeError(f"average: group={group!r}: JAX axis names are not supported yet")
+    if type(group).__module__.partition(".")[0] == "mpi4py":
+        raise TypeError(f"average: group={group!r}: mpi4py communicators are not supported yet")
+    shown = repr(group)
+    raise TypeError(
+        f"average: group must be None, a torch.distributed ProcessGroup, a 1-D DeviceMesh or a funcavg.Collective, got "
+        f"{shown if len(shown) <= 80 else shown[:77] + '...'} of type {type(group).__name__}"
+    )
+
+
+def _guard_against_silent_solo(environ: Mapping[str, str]) -> None:
+    launched = launched_ranks(environ)
+    alone = "If each process is to be on its own, pass group=funcavg.collectives.Solo()."
+    if launched is not None:
+        ranks, launcher, call = launched
+        raise RuntimeError(
+            f"average: group=None, but {launcher} has started {ranks} ranks and nothing connects them yet. First call "
+            f"{call}. {alone}"
+        )
+    jax = sys.modules.get("jax")
+    if jax is not None and getattr(jax.distributed, "is_initialized", bool)() and jax.process_count() > 1:
+        raise RuntimeError(
+            f"average: group=None, but jax.distributed runs {jax.process_count()} processes, which funcavg cannot reach "
+            f"by itself. Pass a group. {alone}"
+        )
+
+
+def launched_ranks(environ: Mapping[str, str]) -> tuple[int, str, str] | None:
+    """Read a launcher's environment: (number of ranks, launcher, what to call), None for a single process.
+
+    >>> launched_ranks({"WORLD_SIZE": "2", "RANK": "0"})
+    (2, 'torchrun', 'torch.distributed.init_process_group()')
+    >>> launched_ranks({"SLURM_NTASKS": "8"})  # an allocation, not a step: this is the batch script itself
+    """
+    for size, rank, launcher, call in LAUNCHERS:
+        if environ.get(size, "").isdigit() and int(environ[size]) > 1 and environ.get(rank, "").isdigit():
+            return int(environ[size]), launcher, call
+    return None
+
+
+def torch_extra(what: str) -> ImportError:
+    """Return the error for a feature that needs torch."""
+    return missing_extra(what, "torch", "torch")
