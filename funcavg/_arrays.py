@@ -18,6 +18,7 @@ import numpy as np
 
 __all__ = ["Family", "Leaf", "family_of", "wraps_local_tensor"]
 
+EXPANDED = "an expanded array, several elements of which share one memory cell"
 HUGE = 4 << 20  # bytes: from here on NumPy asks the kernel for huge pages, which makes fresh memory 4 times cheaper
 
 
@@ -37,8 +38,10 @@ class Family:
 
     mutable = True  # False: even a donated leaf is replaced by a new object
 
-    def key(self, leaf: Any) -> Hashable:
-        """Return all that `describe` looks at."""
+    def signature(self, leaves: Sequence[Any]) -> Hashable:
+        """Return all that `describe` and `span` look at, of many leaves at once and column by column: trees of
+        thousands of leaves are looked at before every average.
+        """
         raise NotImplementedError
 
     def describe(self, leaf: Any) -> Leaf:
@@ -77,6 +80,18 @@ class Family:
         """Say why this leaf cannot be written to, if it cannot."""
         return None
 
+    def overlaps_itself(self, leaf: Any) -> bool:
+        """Say whether several elements share one memory cell."""
+        return False
+
+    def all_donatable(self, leaves: Sequence[Any]) -> bool:
+        """Return True if `refuse_donation` need not be asked, leaf by leaf, about what may change between calls."""
+        return False
+
+    def as_bytes(self, carrier: Any) -> Any:
+        """View the memory of a contiguous carrier on the host as flat NumPy bytes; None if that cannot be."""
+        return None
+
     def window(self, memory: Any, native: Any, shape: tuple[int, ...]) -> Any:
         """View flat bytes of a bucket as an array."""
         raise NotImplementedError
@@ -91,8 +106,13 @@ class Family:
 
 
 class _Numpy(Family):
-    def key(self, leaf: Any) -> Hashable:
-        return type(leaf), leaf.dtype, leaf.shape, leaf.strides
+    def signature(self, leaves: Sequence[Any]) -> Hashable:
+        return (
+            tuple(map(type, leaves)),
+            tuple([leaf.dtype for leaf in leaves]),
+            tuple([leaf.shape for leaf in leaves]),
+            tuple([leaf.strides for leaf in leaves]),
+        )
 
     def describe(self, leaf: Any) -> Leaf:
         if type(leaf) not in (np.ndarray, np.memmap):
@@ -124,7 +144,18 @@ class _Numpy(Family):
     def refuse_donation(self, leaf: Any) -> str | None:
         if not leaf.flags.writeable:
             return "a read-only NumPy array"
-        return _overlaps_itself(leaf.shape, leaf.strides)
+        return EXPANDED if self.overlaps_itself(leaf) else None
+
+    def overlaps_itself(self, leaf: Any) -> bool:
+        return _expanded(leaf.shape, leaf.strides)
+
+    def all_donatable(self, leaves: Sequence[Any]) -> bool:
+        return all([leaf.flags.writeable for leaf in leaves])
+
+    def as_bytes(self, carrier: Any) -> Any:
+        if not (carrier.flags.c_contiguous and carrier.dtype.isnative):
+            return None
+        return carrier.reshape(-1).view(np.uint8)
 
     def window(self, memory: Any, native: Any, shape: tuple[int, ...]) -> Any:
         if not isinstance(memory, np.ndarray):
@@ -141,8 +172,8 @@ class _Scalar(_Numpy):
 
     mutable = False
 
-    def key(self, leaf: Any) -> Hashable:
-        return type(leaf)
+    def signature(self, leaves: Sequence[Any]) -> Hashable:
+        return tuple(map(type, leaves))
 
     def describe(self, leaf: Any) -> Leaf:
         return _describe_numpy(np.asarray(leaf).dtype, (), plain=False)
@@ -166,24 +197,34 @@ class _Scalar(_Numpy):
     def span(self, leaf: Any) -> tuple[int, int]:
         return 0, 0
 
-    def refuse_donation(self, leaf: Any) -> str | None:
-        return None  # immutable: the result is a new number either way
+    def overlaps_itself(self, leaf: Any) -> bool:
+        return False
+
+    def all_donatable(self, leaves: Sequence[Any]) -> bool:
+        return True  # immutable: the result is a new number either way
 
 
 class _Integer(Family):
     """Python bools and integers pass through."""
 
-    def key(self, leaf: Any) -> Hashable:
-        return type(leaf)
+    def signature(self, leaves: Sequence[Any]) -> Hashable:
+        return tuple(map(type, leaves))
 
     def describe(self, leaf: Any) -> Leaf:
         return Leaf("bool" if isinstance(leaf, bool) else "int")
 
 
 class _Torch(Family):
-    def key(self, leaf: Any) -> Hashable:
-        strides = leaf.stride() if leaf.layout is sys.modules["torch"].strided else None
-        return type(leaf), leaf.dtype, leaf.shape, strides, leaf.device, leaf.layout, leaf.requires_grad
+    def signature(self, leaves: Sequence[Any]) -> Hashable:
+        return (
+            tuple(map(type, leaves)),
+            tuple([leaf.dtype for leaf in leaves]),
+            tuple([leaf.shape for leaf in leaves]),
+            tuple([leaf.is_contiguous() or leaf.stride() for leaf in leaves]),
+            tuple([leaf.device for leaf in leaves]),
+            tuple([leaf.layout for leaf in leaves]),
+            tuple([leaf.requires_grad for leaf in leaves]),
+        )
 
     def describe(self, leaf: Any) -> Leaf:
         import torch
@@ -252,9 +293,26 @@ class _Torch(Family):
             return "a tensor that requires grad, while gradients are recorded; donate it under torch.no_grad()"
         if leaf.is_inference() and not torch.is_inference_mode_enabled():
             return "an inference tensor outside torch.inference_mode()"
-        if leaf.is_conj() or leaf.is_neg():
-            return "a lazily conjugated or negated view; pass leaf.resolve_conj().resolve_neg()"
-        return _overlaps_itself(leaf.shape, leaf.stride())
+        if leaf.is_conj():
+            return "a lazily conjugated view; pass leaf.resolve_conj()"
+        return EXPANDED if self.overlaps_itself(leaf) else None
+
+    def overlaps_itself(self, leaf: Any) -> bool:
+        return _expanded(leaf.shape, leaf.stride())
+
+    def all_donatable(self, leaves: Sequence[Any]) -> bool:
+        import torch
+
+        if torch.is_grad_enabled() and any([leaf.requires_grad for leaf in leaves]):
+            return False
+        return not any(map(torch.Tensor.is_inference, leaves))
+
+    def as_bytes(self, carrier: Any) -> Any:
+        import torch
+
+        if carrier.device.type != "cpu" or not carrier.is_contiguous() or carrier.is_neg():
+            return None
+        return carrier.detach().view(-1).view(torch.uint8).numpy()
 
     def window(self, memory: Any, native: Any, shape: tuple[int, ...]) -> Any:
         import torch
@@ -284,9 +342,11 @@ class _Torch(Family):
 class _DTensor(_Torch):
     """torch's DTensor: the local shard is averaged and wrapped again."""
 
-    def key(self, leaf: Any) -> Hashable:
-        coordinate = leaf.device_mesh.get_coordinate()
-        return super().key(leaf._local_tensor), type(leaf), leaf.shape, leaf.placements, tuple(coordinate or ())
+    def signature(self, leaves: Sequence[Any]) -> Hashable:
+        wrapping = [
+            (type(leaf), leaf.shape, leaf.placements, tuple(leaf.device_mesh.get_coordinate() or ())) for leaf in leaves
+        ]
+        return tuple(wrapping), super().signature([leaf._local_tensor for leaf in leaves])
 
     def describe(self, leaf: Any) -> Leaf:
         local = super().describe(leaf._local_tensor)
@@ -329,6 +389,12 @@ class _DTensor(_Torch):
     def as_numpy(self, leaf: Any) -> Any:
         return super().as_numpy(leaf._local_tensor)
 
+    def overlaps_itself(self, leaf: Any) -> bool:
+        return super().overlaps_itself(leaf._local_tensor)
+
+    def all_donatable(self, leaves: Sequence[Any]) -> bool:
+        return False
+
     def refuse_donation(self, leaf: Any) -> str | None:
         import torch
 
@@ -347,7 +413,7 @@ class _DTensor(_Torch):
 class _Unsupported(Family):
     """Anything else: an error that says what it is, and what to do about it."""
 
-    def key(self, leaf: Any) -> Hashable:
+    def signature(self, leaves: Sequence[Any]) -> Hashable:
         return object()  # never remembered
 
     def describe(self, leaf: Any) -> Leaf:
@@ -425,9 +491,8 @@ def _component(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(f"{dtype.byteorder}f{dtype.itemsize // 2}")
 
 
-def _overlaps_itself(shape: Sequence[int], strides: Sequence[int]) -> str | None:
-    broadcast = any(extent > 1 and stride == 0 for extent, stride in zip(shape, strides, strict=True))
-    return "an expanded array, several elements of which share one memory cell" if broadcast else None
+def _expanded(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    return any(extent > 1 and stride == 0 for extent, stride in zip(shape, strides, strict=True))
 
 
 def _span(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> tuple[int, int]:

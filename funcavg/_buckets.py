@@ -4,12 +4,14 @@ A bucket holds consecutive elements of one dtype, cut into one shard per rank. I
 this rank sends, and in the end the mean) and `theirs` (what arrives), each of ``size`` rows of equal length. Three
 slots are enough for one bucket to be packed while the one before is exchanged and the one before that is shared.
 
+A large leaf has buckets of its own. Where it is contiguous, it is sent from and received into its own memory, and
+nothing is packed. Small leaves, and what is left of large ones when the shards are equal, share buckets.
+
 Where buckets begin depends only on what ranks agree about: dtypes, shapes, order, and the size of the group.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -18,10 +20,12 @@ import numpy as np
 
 from funcavg._arrays import Family, Leaf
 
-__all__ = ["Bucket", "Slots", "bucket_bytes", "cut", "make_plan"]
+__all__ = ["Bucket", "Slots", "bucket_bytes", "cut", "host_memory", "make_plan"]
 
-SLOTS = 3
+LARGE = 1 << 20  # bytes
+SLOTS = 9
 Index = tuple[slice | int, ...]
+_Row = tuple[int, Family, Leaf]  # a leaf's number among the carriers, and what it is
 
 
 def bucket_bytes(size: int) -> int:
@@ -67,6 +71,15 @@ class Bucket(NamedTuple):
     theirs: Any  # bytes, (size, shard bytes)
     padding: Any  # the bytes behind the last element, which no leaf fills
     parts: list[_Part]
+    own: tuple[Family, int, int, int] | None  # all of it is bytes m to n of one leaf: (family, leaf, m, n)
+
+    def rows_in(self, carriers: Sequence[Any]) -> Any:
+        """Return the rows of this bucket in a leaf's own memory, None if they are not there."""
+        if self.own is None:
+            return None
+        family, leaf, begin, end = self.own
+        flat = family.as_bytes(carriers[leaf])
+        return None if flat is None else flat[begin:end].reshape(self.mine.shape)
 
     def pack(self, carriers: Sequence[Any]) -> None:
         """Copy pieces of the leaves into `mine`."""
@@ -81,55 +94,70 @@ class Bucket(NamedTuple):
             part.family.copy(part.select(carriers), part.windows)
 
 
-def make_plan(leaves: Sequence[tuple[int, Family, Leaf]], size: int, slots: Slots, limit: int) -> list[Bucket]:
-    """Assign the elements of all leaves (numbered as in ``carriers``) to buckets of at most ``limit`` bytes."""
-    by_element: dict[str, list[tuple[int, Family, Leaf]]] = {}
+def make_plan(leaves: Sequence[_Row], size: int, slots: Slots, limit: int) -> list[Bucket]:
+    """Assign the elements of all leaves, (number, family, leaf) each, to buckets of at most ``limit`` bytes."""
+    by_element: dict[str | None, list[_Row]] = {}
     for row in leaves:
-        element = row[2].element
-        assert element is not None
-        by_element.setdefault(element, []).append(row)
+        by_element.setdefault(row[2].element, []).append(row)
     plan: list[Bucket] = []
     for element, rows in by_element.items():
         itemsize = rows[0][2].native.itemsize
         capacity = max(limit // itemsize // size, 1) * size  # elements, a multiple of the number of shards
-        total = sum(math.prod(leaf.shape) for _, _, leaf in rows)
-        pieces = _pieces(rows, capacity)
-        for start, group in itertools.groupby(pieces, key=lambda piece: piece[0] // capacity):
-            count = min(capacity, total - start * capacity)
-            shard = -(-count // size)
-            mine, theirs = (memory[: shard * size * itemsize] for memory in slots.pair(len(plan)))
-            parts: dict[Family, _Part] = {}
-            for position, family, leaf, number, index, shape in group:
-                part = parts.setdefault(family, _Part(family, [], []))
-                begin = position % capacity * itemsize
-                window = mine[begin : begin + math.prod(shape) * itemsize]
-                part.pieces.append((number, index))
-                part.windows.append(family.window(window, leaf.native, shape))
-            rows_of = (size, shard * itemsize)
-            bucket = Bucket(
-                element, mine.reshape(rows_of), theirs.reshape(rows_of), mine[count * itemsize :], list(parts.values())
-            )
-            plan.append(bucket)
+        ranges: list[tuple[_Row, int, int]] = []
+        for row in rows:
+            count = math.prod(row[2].shape)
+            done = 0
+            if count * itemsize >= LARGE:
+                buckets = -(-count // capacity)
+                each = count // buckets // size * size
+                for done in range(each, (buckets + 1) * each, each):
+                    plan.append(_bucket(str(element), [(row, done - each, done)], size, slots.pair(len(plan))))
+            if done < count:
+                ranges.append((row, done, count))
+        for group in _fill(ranges, capacity):
+            plan.append(_bucket(str(element), group, size, slots.pair(len(plan))))
     return plan
 
 
-def _pieces(
-    rows: Sequence[tuple[int, Family, Leaf]], capacity: int
-) -> Iterator[tuple[int, Family, Leaf, int, Index | None, tuple[int, ...]]]:
-    """Yield (position in the stream, family, leaf, number, block, shape of the block), none across a bucket's end."""
-    position = 0
-    for number, family, leaf in rows:
-        count = math.prod(leaf.shape)
-        if count and position // capacity == (position + count - 1) // capacity:
-            yield position, family, leaf, number, None, leaf.shape
-        else:
-            start = 0
-            while start < count:
-                stop = min(count, start + capacity - (position + start) % capacity)
-                for index, shape in cut(leaf.shape, start, stop):
-                    yield position + start, family, leaf, number, index, shape
-                    start += math.prod(shape)
-        position += count
+def _fill(ranges: Sequence[tuple[_Row, int, int]], capacity: int) -> Iterator[list[tuple[_Row, int, int]]]:
+    """Yield ranges of leaves, (row, start, stop), in groups of ``capacity`` elements."""
+    group: list[tuple[_Row, int, int]] = []
+    room = capacity
+    for row, start, stop in ranges:
+        while start < stop:
+            end = min(stop, start + room)
+            group.append((row, start, end))
+            room -= end - start
+            start = end
+            if not room:
+                yield group
+                group, room = [], capacity
+    if group:
+        yield group
+
+
+def _bucket(element: str, ranges: Sequence[tuple[_Row, int, int]], size: int, pair: tuple[Any, Any]) -> Bucket:
+    itemsize = ranges[0][0][2].native.itemsize
+    count = sum(stop - start for _, start, stop in ranges)
+    shard = -(-count // size) * itemsize
+    mine, theirs = (memory[: shard * size] for memory in pair)
+    parts: dict[Family, _Part] = {}
+    begin = 0
+    for (number, family, leaf), start, stop in ranges:
+        part = parts.setdefault(family, _Part(family, [], []))
+        whole = stop - start == math.prod(leaf.shape)
+        blocks: list[tuple[Index | None, tuple[int, ...]]] = [(None, leaf.shape)] if whole else [*cut(leaf.shape, start, stop)]
+        for index, shape in blocks:
+            end = begin + math.prod(shape) * itemsize
+            part.pieces.append((number, index))
+            part.windows.append(family.window(mine[begin:end], leaf.native, shape))
+            begin = end
+    own = None
+    if len(ranges) == 1 and count % size == 0:
+        (number, family, _), start, stop = ranges[0]
+        own = family, number, start * itemsize, stop * itemsize
+    rows = (size, shard)
+    return Bucket(element, mine.reshape(rows), theirs.reshape(rows), mine[begin:], list(parts.values()), own)
 
 
 def cut(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[Index, tuple[int, ...]]]:

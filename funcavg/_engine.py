@@ -9,10 +9,11 @@ Up to three buckets are in flight, so that while this rank packs, averages and u
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 from funcavg._agree import Agreement, agree
 from funcavg._buckets import Bucket, make_plan
@@ -21,6 +22,7 @@ from funcavg._request import Request
 from funcavg._session import Session
 from funcavg.collectives.base import Collective, Pending
 
+AHEAD = 4
 __all__ = ["carry_out", "move", "reach_agreement"]
 
 
@@ -32,7 +34,7 @@ def carry_out(request: Request, collective: Collective, session: Session, timeou
 
 def reach_agreement(request: Request, collective: Collective, session: Session, timeout: float) -> Agreement:
     """Let all ranks agree about their requests, or raise the same error on each of them."""
-    with _spending(session):
+    with _spending(session, collective):
         outcome = agree(collective, request.claim, timeout)
     if isinstance(outcome, Exception):  # every rank raises it, so the group stays usable
         raise outcome
@@ -50,7 +52,7 @@ def move(
     carriers = list(leaves)
     for i in layout.special:
         carriers[i] = families[i].carrier(leaves[i])
-    with _spending(session):
+    with _spending(session, collective):
         if request.donate:
             results = carriers
         else:
@@ -61,8 +63,10 @@ def move(
                     if i not in ties:
                         family.copy([results[i]], [carriers[i]])
         else:
+            # Results are private until they are returned. Donated memory is not: it must not change after an error.
+            land_in_results = not request.donate or getattr(collective, "stops_on_error", False)
             for lane in _lanes(request, agreement, collective, session):
-                _pump(lane, carriers, results, agreement.weights, timeout)
+                _pump(lane, carriers, results, agreement.weights, timeout, land_in_results)
     return _finish(request, leaves, results, ties)
 
 
@@ -83,12 +87,14 @@ def _finish(request: Request, leaves: Sequence[Any], results: Sequence[Any], tie
 
 
 @contextmanager
-def _spending(session: Session) -> Iterator[None]:
+def _spending(session: Session, collective: Collective) -> Iterator[None]:
     """Declare the group spent if anything goes wrong inside: ranks may then be at different places of a call."""
     try:
         yield
     except BaseException as error:
         session.spend(error)
+        if hasattr(collective, "abort"):
+            collective.abort()
         raise
 
 
@@ -98,19 +104,19 @@ class _Lane:
     def __init__(self, plan: Sequence[Bucket], collective: Any, rank: int) -> None:
         self.plan, self.collective, self.rank = plan, collective, rank
 
-    def start(self, bucket: Bucket, timeout: float) -> Pending | None:
-        """Send every rank its shard of a packed bucket."""
-        pending: Pending | None = self.collective.exchange(bucket.mine, bucket.theirs, timeout)
+    def start(self, bucket: Bucket, source: Any, timeout: float) -> Pending | None:
+        """Send every rank its shard."""
+        pending: Pending | None = self.collective.exchange(source, bucket.theirs, timeout)
         return pending
 
-    def reduce(self, bucket: Bucket, weights: Sequence[float] | None) -> None:
+    def reduce(self, bucket: Bucket, source: Any, target: Any, weights: Sequence[float] | None) -> None:
         """Average this rank's shard."""
-        shards = [bucket.mine[rank] if rank == self.rank else bucket.theirs[rank] for rank in range(len(bucket.mine))]
-        mean_into(bucket.mine[self.rank], shards, weights, bucket.element)
+        rows = [source[rank] if rank == self.rank else bucket.theirs[rank] for rank in range(len(source))]
+        mean_into(target[self.rank], rows, weights, bucket.element)
 
-    def finish(self, bucket: Bucket, timeout: float) -> Pending | None:
+    def finish(self, bucket: Bucket, target: Any, timeout: float) -> Pending | None:
         """Send this rank's shard to everyone."""
-        pending: Pending | None = self.collective.share(bucket.mine, timeout)
+        pending: Pending | None = self.collective.share(target, timeout)
         return pending
 
 
@@ -121,19 +127,19 @@ class _DeviceLane(_Lane):
         super().__init__(plan, collective, rank)
         self.natively = natively  # dtypes
 
-    def start(self, bucket: Bucket, timeout: float) -> Pending | None:
-        if bucket.element in self.natively:
-            return self.collective.average(self.typed(bucket.mine, bucket), timeout)  # type: ignore[no-any-return]
-        return super().start(bucket, timeout)
-
-    def reduce(self, bucket: Bucket, weights: Sequence[float] | None) -> None:
+    def start(self, bucket: Bucket, source: Any, timeout: float) -> Pending | None:
         if bucket.element not in self.natively:
-            rows = [bucket.mine[r] if r == self.rank else bucket.theirs[r] for r in range(len(bucket.mine))]
-            shards = [self.typed(row, bucket) for row in rows]
-            tensor_mean_into(shards[self.rank], shards, weights)
+            return super().start(bucket, source, timeout)
+        pending: Pending | None = self.collective.average(self.typed(source, bucket), timeout)
+        return pending
 
-    def finish(self, bucket: Bucket, timeout: float) -> Pending | None:
-        return None if bucket.element in self.natively else super().finish(bucket, timeout)
+    def reduce(self, bucket: Bucket, source: Any, target: Any, weights: Sequence[float] | None) -> None:
+        if bucket.element not in self.natively:
+            rows = [source[rank] if rank == self.rank else bucket.theirs[rank] for rank in range(len(source))]
+            tensor_mean_into(self.typed(target[self.rank], bucket), [self.typed(row, bucket) for row in rows], weights)
+
+    def finish(self, bucket: Bucket, target: Any, timeout: float) -> Pending | None:
+        return None if bucket.element in self.natively else super().finish(bucket, target, timeout)
 
     @staticmethod
     def typed(memory: Any, bucket: Bucket) -> Any:
@@ -171,28 +177,45 @@ def _plan(request: Request, kept: tuple[int, ...], memory: str, size: int, sessi
     return session.remember((layout, kept if len(kept) < len(layout.leaves) else None, memory), make)
 
 
+class _Transit(NamedTuple):
+    """A bucket on its way."""
+
+    bucket: Bucket
+    source: Any  # rows that are sent
+    target: Any  # rows that the mean goes into
+    wait: Pending | None
+
+    def arrived(self) -> _Transit:
+        if self.wait is not None:
+            self.wait()
+        return self
+
+
 def _pump(
-    lane: _Lane, carriers: Sequence[Any], results: Sequence[Any], weights: Sequence[float] | None, timeout: float
+    lane: _Lane,
+    carriers: Sequence[Any],
+    results: Sequence[Any],
+    weights: Sequence[float] | None,
+    timeout: float,
+    land_in_results: bool,
 ) -> None:
-    """Move all buckets of a lane: pack, start, reduce, finish, unpack."""
-    exchanging: tuple[Bucket, Pending | None] | None = None
-    sharing: tuple[Bucket, Pending | None] | None = None
-    for bucket in chain(lane.plan, (None, None)):  # two more rounds empty the pipeline
-        packed = exchanged = None
+    """Move all buckets of a lane. Large leaves are sent from, and their means received in, their own memory."""
+    exchanging: deque[_Transit] = deque()
+    sharing: deque[_Transit] = deque()
+    for bucket in chain(lane.plan, [None] * (2 * AHEAD)):  # the last rounds empty the pipeline
         if bucket is not None:
-            bucket.pack(carriers)
-            packed = bucket, lane.start(bucket, timeout)
-        if exchanging is not None:
-            ready = _arrived(exchanging)
-            lane.reduce(ready, weights)
-            exchanged = ready, lane.finish(ready, timeout)
-        if sharing is not None:
-            _arrived(sharing).unpack(results)
-        exchanging, sharing = packed, exchanged
-
-
-def _arrived(transfer: tuple[Bucket, Pending | None]) -> Bucket:
-    bucket, wait = transfer
-    if wait is not None:
-        wait()
-    return bucket
+            source = bucket.rows_in(carriers)
+            target = bucket.rows_in(results) if land_in_results else None
+            if source is None:
+                bucket.pack(carriers)
+                source = bucket.mine
+            pending = lane.start(bucket, source, timeout)
+            exchanging.append(_Transit(bucket, source, bucket.mine if target is None else target, pending))
+        if len(exchanging) > AHEAD or (bucket is None and exchanging):
+            ready, source, target, _ = exchanging.popleft().arrived()
+            lane.reduce(ready, source, target, weights)
+            sharing.append(_Transit(ready, source, target, lane.finish(ready, target, timeout)))
+        if len(sharing) > AHEAD or (not exchanging and sharing):
+            done = sharing.popleft().arrived()
+            if done.target is done.bucket.mine:
+                done.bucket.unpack(results)

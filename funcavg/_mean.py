@@ -37,9 +37,10 @@ def mean_into(out: Bytes, shards: Sequence[Bytes], weights: Sequence[float] | No
         weights = None if all(scale == 1.0 for scale in scales) else scales
     if element in NATIVE and (element != "float16" or "torch" not in sys.modules):
         arrays = [shard.view(NATIVE[element]) for shard in shards]
+        scratch = np.empty(min(BLOCK, arrays[0].size), NATIVE[element])
         with np.errstate(all="ignore"):
             for block in _blocks(arrays[0].size):
-                _mean_native(out.view(NATIVE[element])[block], [a[block] for a in arrays], weights)
+                _mean_native(out.view(NATIVE[element])[block], [a[block] for a in arrays], weights, scratch)
     elif (torch_dtype := getattr(sys.modules.get("torch"), element, None)) is not None:
         import torch
 
@@ -63,14 +64,16 @@ def _blocks(size: int) -> list[slice]:
     return [slice(start, start + BLOCK) for start in range(0, size, BLOCK)]
 
 
-def _mean_native(out: npt.NDArray[Any], shards: list[npt.NDArray[Any]], weights: Sequence[float] | None) -> None:
+def _mean_native(
+    out: npt.NDArray[Any], shards: list[npt.NDArray[Any]], weights: Sequence[float] | None, scratch: npt.NDArray[Any]
+) -> None:
     if len(shards) == 2 and weights is None and out.dtype.itemsize >= 4:
         # One addition rounds once, and halving is exact: no wider sum is needed, unless it overflows.
         # The sum goes to scratch memory, since `out` may be one of the shards and those may be read again.
         try:
             with np.errstate(over="raise"):
-                total = np.add(*shards)
-            np.multiply(total, 0.5, out=out)
+                total = np.add(*shards, out=scratch[: out.size])
+            np.multiply(total, out.dtype.type(0.5), out=out)
             return
         except FloatingPointError:
             pass

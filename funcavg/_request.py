@@ -34,6 +34,12 @@ class Layout:
     signature: bytes  # its digest
     devices: frozenset[str]  # accelerators that hold leaves; empty if there are several, for one is what a rank has
     on_device: str  # the mask of leaves that lie there
+    members: dict[Family, list[int]]
+    intricate: bool  # some leaf is complex or expanded: each must be asked whether it can be donated
+
+    def name(self, i: int) -> str:
+        """Return the name of an averaged leaf."""
+        return self.lines[self.averaged[i]].rsplit(": ", 1)[0]
 
 
 class Request(NamedTuple):
@@ -83,9 +89,12 @@ def make_request(
             only = frozenset(accepted if only is None else only.intersection(accepted))
         layout = _layout_of(everything, spec, only)
         leaves = [everything[i] for i in layout.averaged]
-        ties = {} if wrapped else _find_ties(layout, leaves)
-        if donate:
-            _check_donation(layout, leaves, ties)
+        ties = {}
+        if not wrapped:
+            addresses = _addresses(layout, leaves)
+            ties = _find_ties(layout, leaves, addresses)
+            if donate:
+                _check_donation(layout, leaves, addresses, ties)
     except Exception as mistake:  # whatever it is, the other ranks must hear of it
         return Request(everything, spec, None, Claim(bytes(16), (), bytes(16), error=mistake), {}, donate)
     options = "with a weight" if weight is not None else "without weight"
@@ -120,15 +129,17 @@ LAYOUTS = 32  # remembered
 
 
 def _layout_of(everything: Sequence[Any], spec: optree.PyTreeSpec, only: frozenset[int] | None) -> Layout:
-    families = [family_of(leaf) for leaf in everything]
+    types = tuple(map(type, everything))
+    by_type = {kind: family_of(leaf) for kind, leaf in dict(zip(types, everything, strict=True)).items()}
+    families = [by_type[kind] for kind in types]
+    parts: list[Hashable] = [spec, types, only]
     try:
-        keys = tuple([
-            family.key(leaf) if only is None or i in only else None
-            for i, (family, leaf) in enumerate(zip(families, everything, strict=True))
-        ])  # fmt: skip
+        for family in dict.fromkeys(by_type.values()):
+            chosen = [i for i, other in enumerate(families) if other is family and (only is None or i in only)]
+            parts.append(family.signature([everything[i] for i in chosen]))
     except Exception:  # a leaf that cannot even say its shape: found again below, and named
         return _describe_all(everything, families, spec, only)
-    key = (spec, keys)
+    key = tuple(parts)
     layout = _LAYOUTS.get(key)
     if layout is None:
         layout = _LAYOUTS[key] = _describe_all(everything, families, spec, only)
@@ -174,12 +185,13 @@ def _describe_all(
         digest(lines),
         devices,
         "".join("x" if devices and leaf.device else "." for leaf in leaves),
+        {family: [i for i, other in enumerate(chosen) if other is family] for family in dict.fromkeys(chosen)},
+        any(f.overlaps_itself(everything[i]) or "complex" in lines[i] for f, i in zip(chosen, averaged, strict=True)),
     )
 
 
-def _find_ties(layout: Layout, leaves: Sequence[Any]) -> dict[int, int]:
+def _find_ties(layout: Layout, leaves: Sequence[Any], addresses: Sequence[int]) -> dict[int, int]:
     """Return {leaf: the first leaf that is the same memory in the same dtype, shape and strides}."""
-    addresses = _addresses(layout, leaves)
     if len(set(addresses)) == len(addresses):
         return {}
     first: dict[Hashable, int] = {}
@@ -194,22 +206,26 @@ def _find_ties(layout: Layout, leaves: Sequence[Any]) -> dict[int, int]:
 def _addresses(layout: Layout, leaves: Sequence[Any]) -> list[int]:
     """Return where each leaf's memory begins; something unique where there is none."""
     addresses: list[int] = [0] * len(leaves)
-    for family in set(layout.families):
-        members = [i for i, other in enumerate(layout.families) if other is family]
-        for i, address in zip(members, family.addresses([leaves[i] for i in members]), strict=True):
+    for family, members in layout.members.items():
+        found = family.addresses([leaves[i] for i in members])
+        for i, address in zip(members, found, strict=True):
             addresses[i] = address or -id(leaves[i])
     return addresses
 
 
-def _check_donation(layout: Layout, leaves: Sequence[Any], ties: dict[int, int]) -> None:
-    names = [line.rsplit(": ", 1)[0] for line in layout.lines]
-    for i, (family, leaf) in enumerate(zip(layout.families, leaves, strict=True)):
-        reason = family.refuse_donation(leaf)
-        if reason is not None:
-            name = names[layout.averaged[i]]
-            raise ValueError(f"donate=True, but {name} is {reason}. Pass donate=False, or a copy of it.")
-    kept = [i for i in range(len(leaves)) if i not in ties]
-    spans = layout.spans[kept] + np.array(_addresses(layout, leaves), np.int64)[kept, None]
+def _check_donation(
+    layout: Layout, leaves: Sequence[Any], addresses: Sequence[int], ties: dict[int, int]
+) -> None:
+    """Raise ValueError if a result cannot be written into the leaves' own memory."""
+    for family, members in layout.members.items():
+        if not layout.intricate and family.all_donatable([leaves[i] for i in members]):
+            continue
+        for i in members:
+            reason = family.refuse_donation(leaves[i])
+            if reason is not None:
+                raise ValueError(f"donate=True, but {layout.name(i)} is {reason}. Pass donate=False, or a copy of it.")
+    kept = np.array([i for i in range(len(leaves)) if i not in ties]) if ties else np.arange(len(leaves))
+    spans = layout.spans[kept] + np.array(addresses, np.int64)[kept, None]
     order = np.argsort(spans[:, 0], kind="stable")
     begins, ends = spans[order, 0], np.maximum.accumulate(spans[order, 1])
     if not (begins[1:] < ends[:-1]).any():
@@ -218,7 +234,7 @@ def _check_donation(layout: Layout, leaves: Sequence[Any], ties: dict[int, int])
     for position, this in enumerate(order):
         for that in order[:position]:
             if spans[that, 1] > spans[this, 0] and _share(layout, leaves, kept[this], kept[that]):
-                one, other = (names[layout.averaged[kept[k]]] for k in sorted((this, that)))
+                one, other = (layout.name(kept[k]) for k in sorted((this, that)))
                 raise ValueError(
                     f"donate=True, but {one} and {other} overlap in memory without being equal views. "
                     f"Pass donate=False, or copies of them."

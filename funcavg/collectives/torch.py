@@ -84,6 +84,17 @@ class TorchCollective:
     def __repr__(self) -> str:
         return f"<rank {self.rank} of {self.size} of a torch process group>"
 
+    @property
+    def stops_on_error(self) -> bool:
+        """Whether nothing arrives any more once a verb has raised: `abort` closes the connections."""
+        return not self.in_callers_thread
+
+    def abort(self) -> None:
+        """Close the connections, so that nothing more arrives here and no peer waits in vain. The group is spent."""
+        gloo, self._gloo = self._gloo, None
+        if gloo is not None:
+            gloo.abort()
+
     def _connect(self, timeout: float) -> Any:
         store = dist.PrefixStore("funcavg", self._store)
         keys = [f"here/{rank}" for rank in range(self.size)]
