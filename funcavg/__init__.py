@@ -37,9 +37,7 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-_STATEFUL = frozenset(
-    {"HierarchicalModelAverager", "ModelAverager", "PeriodicModelAverager", "PostLocalSGDOptimizer"}
-)
+_STATEFUL = frozenset({"HierarchicalModelAverager", "ModelAverager", "PeriodicModelAverager", "PostLocalSGDOptimizer"})
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from funcavg import _tree
-from funcavg._engine import carry_out, move, reach_agreement
+from funcavg._engine import carry_out
 from funcavg._request import Request, make_request
 from funcavg._session import Session, session_of
 from funcavg._transforms import average_differentiably, is_transformed
@@ -38,9 +38,10 @@ def average(
     value: the inputs are never written to (unless donated), and no averaged leaf shares memory with them.
 
     Args:
-        params_tree: Nested dicts, lists, tuples, NamedTuples, registered dataclasses of leaves. torch tensors,
-            NumPy arrays, Python and NumPy floats and complex numbers are averaged, the ``ml_dtypes`` included. Bools, integers
-            and ``None`` pass through: the same object comes back. All ranks pass the same paths, shapes and dtypes.
+        params_tree: Leaves in dicts, lists, tuples, NamedTuples and registered dataclasses, nested at will. torch
+            tensors, NumPy arrays and numbers of floating and complex dtypes are averaged, ``ml_dtypes`` included.
+            Bools, integers and ``None`` pass through: the same object comes back. All ranks pass the same paths,
+            shapes and dtypes.
         group: Who takes part: ``None``, a torch ``ProcessGroup`` or 1-D ``DeviceMesh``, or a `Collective`; see
             `funcavg.collectives.as_collective`. A rank outside of the group gets its very tree back.
         weight: This rank's weight, a finite number at least 0; ``None`` on all ranks for the plain mean. Values of
@@ -98,12 +99,15 @@ def average(
         return params_tree
     everything, spec = _tree.flatten(params_tree)
     session = session_of(collective)
+    result: T
     if is_transformed(everything):
-        return average_differentiably(everything, spec, collective, session, weight, where, donate, seconds)
+        result = average_differentiably(everything, spec, collective, session, weight, where, donate, seconds)
+        return result
     with session.entered("average"):
         request = make_request(everything, spec, weight=weight, where=where, donate=donate)
         results = carry_out(request, collective, session, seconds)
-    return request.rebuild(results)
+    result = request.rebuild(results)
+    return result
 
 
 def start_average(
@@ -181,7 +185,9 @@ class Handle(Generic[T]):
         return self._flight is None or self._flight.landed()
 
     def __del__(self) -> None:
-        if getattr(self, "_flight", None) is not None:
+        flight = getattr(self, "_flight", None)
+        if flight is not None:
+            flight.abandon()
             warnings.warn(
                 "a handle of start_average was dropped without wait(): its result is lost, and so is any error",
                 RuntimeWarning,
@@ -191,11 +197,13 @@ class Handle(Generic[T]):
 
 
 class _Flight:
-    """The background of one `start_average`. It leaves the session when it lands, or when its thread ends."""
+    """The background of one `start_average`. It occupies the session until it is waited for, or abandoned and over."""
 
     def __init__(self, request: Request, collective: Collective, session: Session, timeout: float) -> None:
         self._request, self._collective, self._session, self._timeout = request, collective, session, timeout
         self._outcome: Any = None  # the tree, or the exception
+        self._guard = threading.Lock()
+        self._over = self._abandoned = False
         on_device = request.layout is not None and bool(request.layout.devices)
         self._waits_for_caller = on_device or getattr(collective, "in_callers_thread", False)
         self._thread = threading.Thread(target=self._fly, name="funcavg start_average", daemon=True)
@@ -204,23 +212,31 @@ class _Flight:
 
     def _fly(self) -> None:
         try:
-            self._outcome = self._request.rebuild(
-                carry_out(self._request, self._collective, self._session, self._timeout)
-            )
+            results = carry_out(self._request, self._collective, self._session, self._timeout)
+            self._outcome = self._request.rebuild(results)
         except BaseException as error:  # raised by wait()
             self._outcome = error
-        finally:
-            self._session.leave()
+        with self._guard:
+            self._over = True
+            if self._abandoned:
+                self._session.leave()
 
     def landed(self) -> bool:
-        return not self._waits_for_caller and not self._thread.is_alive()
+        return self._over
 
     def land(self) -> Any:
         if self._waits_for_caller:
             self._fly()
         else:
             self._thread.join()
+        self._session.leave()
         return self._outcome
+
+    def abandon(self) -> None:
+        with self._guard:
+            self._abandoned = True
+            if self._over or self._waits_for_caller:
+                self._session.leave()
 
 
 def _check_timeout(timeout: float | None, who: str) -> float:

@@ -123,7 +123,8 @@ def _fill(ranges: Sequence[tuple[_Row, int, int]], capacity: int) -> Iterator[li
     """Yield ranges of leaves, (row, start, stop), in groups of ``capacity`` elements."""
     group: list[tuple[_Row, int, int]] = []
     room = capacity
-    for row, start, stop in ranges:
+    for row, begin, stop in ranges:
+        start = begin
         while start < stop:
             end = min(stop, start + room)
             group.append((row, start, end))
@@ -146,7 +147,9 @@ def _bucket(element: str, ranges: Sequence[tuple[_Row, int, int]], size: int, pa
     for (number, family, leaf), start, stop in ranges:
         part = parts.setdefault(family, _Part(family, [], []))
         whole = stop - start == math.prod(leaf.shape)
-        blocks: list[tuple[Index | None, tuple[int, ...]]] = [(None, leaf.shape)] if whole else [*cut(leaf.shape, start, stop)]
+        blocks: list[tuple[Index | None, tuple[int, ...]]] = (
+            [(None, leaf.shape)] if whole else [*cut(leaf.shape, start, stop)]
+        )
         for index, shape in blocks:
             end = begin + math.prod(shape) * itemsize
             part.pieces.append((number, index))

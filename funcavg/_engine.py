@@ -41,9 +41,7 @@ def reach_agreement(request: Request, collective: Collective, session: Session, 
     return outcome
 
 
-def move(
-    request: Request, agreement: Agreement, collective: Collective, session: Session, timeout: float
-) -> list[Any]:
+def move(request: Request, agreement: Agreement, collective: Collective, session: Session, timeout: float) -> list[Any]:
     """Average the leaves that ranks have agreed about; return the results."""
     layout = request.layout
     assert layout is not None
@@ -79,7 +77,10 @@ def _finish(request: Request, leaves: Sequence[Any], results: Sequence[Any], tie
         if i not in ties:
             finished[i] = layout.families[i].finish(leaves[i], results[i])
     if request.donate:
-        return [leaf if family.mutable else finished[i] for i, (leaf, family) in enumerate(zip(leaves, layout.families, strict=True))]
+        return [
+            leaf if family.mutable else finished[i]
+            for i, (leaf, family) in enumerate(zip(leaves, layout.families, strict=True))
+        ]
     for i, original in ties.items():
         same = leaves[i] is leaves[original]
         finished[i] = finished[original] if same else layout.families[i].tie(leaves[i], finished[original])

@@ -72,7 +72,7 @@ def _mean_native(
         # The sum goes to scratch memory, since `out` may be one of the shards and those may be read again.
         try:
             with np.errstate(over="raise"):
-                total = np.add(*shards, out=scratch[: out.size])
+                total = np.add(shards[0], shards[1], out=scratch[: out.size])
             np.multiply(total, out.dtype.type(0.5), out=out)
             return
         except FloatingPointError:
@@ -102,7 +102,8 @@ def _wide_mean(shards: list[npt.NDArray[Any]], weights: Sequence[float] | None, 
 
     try:
         with np.errstate(over="raise"):
-            return np.divide(total := weighted_sum(1.0), norm, out=total)
+            mean: npt.NDArray[Any] = np.divide(weighted_sum(1.0), norm)
+            return mean
     except FloatingPointError:  # float64 leaves near the largest float64: divide first, at the price of an ulp
         return weighted_sum(norm)
 

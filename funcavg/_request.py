@@ -213,9 +213,7 @@ def _addresses(layout: Layout, leaves: Sequence[Any]) -> list[int]:
     return addresses
 
 
-def _check_donation(
-    layout: Layout, leaves: Sequence[Any], addresses: Sequence[int], ties: dict[int, int]
-) -> None:
+def _check_donation(layout: Layout, leaves: Sequence[Any], addresses: Sequence[int], ties: dict[int, int]) -> None:
     """Raise ValueError if a result cannot be written into the leaves' own memory."""
     for family, members in layout.members.items():
         if not layout.intricate and family.all_donatable([leaves[i] for i in members]):
@@ -246,6 +244,6 @@ def _share(layout: Layout, leaves: Sequence[Any], this: int, that: int) -> bool:
     if one is None or other is None:
         return True  # on an accelerator, where nobody can tell
     try:
-        return np.shares_memory(one, other, max_work=100_000)
+        return bool(np.shares_memory(one, other, max_work=100_000))  # type: ignore[arg-type]  # the stub knows only 0, -1
     except np.exceptions.TooHardError:
         return True

@@ -88,7 +88,11 @@ class Session:
 def _device_memory(device: str) -> Callable[[int], Any]:
     import torch
 
-    return lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device=device)
+    def allocate(nbytes: int) -> Any:
+        with torch.inference_mode(mode=False):  # it outlives the call
+            return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+    return allocate
 
 
 _GRAVEYARD: list[Any] = []

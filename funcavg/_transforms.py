@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import optree
 
 from funcavg import _tree
-from funcavg._arrays import wraps_local_tensor
+from funcavg._arrays import is_dtensor
 from funcavg._engine import move, reach_agreement
 from funcavg._request import Where, make_request
 from funcavg._session import Session
@@ -51,9 +52,13 @@ def average_differentiably(
     """Average a flattened tree, as an operation that torch can differentiate and vectorise; rebuild it."""
     import torch
 
+    from funcavg._arrays.torch import wrap_local_tensor
+
     probe = make_request(everything, spec, weight=weight, where=where, wrapped=True)
     if donate and probe.claim.error is None:
-        refusal = ValueError("donate=True under torch.func transforms, or where gradients are recorded. Pass donate=False.")
+        refusal = ValueError(
+            "donate=True under torch.func transforms, or where gradients are recorded. Pass donate=False."
+        )
         probe = probe._replace(claim=probe.claim._replace(error=refusal))
     if probe.layout is None or probe.claim.error is not None:
         with session.entered("average"):
@@ -61,55 +66,47 @@ def average_differentiably(
         raise AssertionError("ranks agreed on a mistake")
     positions = [i for i in probe.layout.averaged if isinstance(everything[i], torch.Tensor)]
     # A DTensor goes through torch's rules as its local shard, and into the request as itself.
-    dtensors = {i: everything[i] for i in positions if wraps_local_tensor(everything[i])}
+    dtensors = {i: everything[i] for i in positions if is_dtensor(everything[i])}
     tensors = [everything[i].to_local() if i in dtensors else everything[i] for i in positions]
-    step = _Step(everything, spec, positions, dtensors, frozenset(probe.layout.averaged), weight)
-    step.collective, step.session, step.timeout = collective, session, timeout
+    only = frozenset(probe.layout.averaged)
+    step = _Step(everything, spec, positions, dtensors, only, weight, collective, session, timeout)
+    outputs = _average_function().apply(step, *tensors) if positions else step.run(())
     results = list(everything)
-    if positions:
-        for i, output in zip(positions, _average_function().apply(step, *tensors), strict=True):
-            results[i] = wraps_local_tensor(dtensors[i]).rewrap(dtensors[i], output) if i in dtensors else output
-    else:
-        step.run(())
+    for i, output in zip(positions, outputs, strict=True):
+        results[i] = wrap_local_tensor(dtensors[i], output) if i in dtensors else output
     for i, other in step.others.items():
         results[i] = other
     return _tree.unflatten(spec, results)
 
 
+@dataclass(eq=False)
 class _Step:
-    """One average of tensors at given positions of a tree; its rules are averages at the same positions."""
+    """One average of the tensors at some positions of a tree; its derivatives are averages at the same positions."""
 
+    everything: Sequence[Any]
+    spec: optree.PyTreeSpec
+    positions: Sequence[int]  # of tensors that torch's rules see
+    dtensors: Mapping[int, Any]
+    only: frozenset[int]  # positions that are averaged; others than `positions` hold NumPy arrays and numbers
+    weight: Any
     collective: Collective
     session: Session
     timeout: float
+    others: dict[int, Any] = field(default_factory=dict)  # results at the other positions, once run
+    scale: float = 1.0  # N w / sum(w), once run
 
-    def __init__(
-        self,
-        everything: Sequence[Any],
-        spec: optree.PyTreeSpec,
-        positions: list[int],
-        dtensors: dict[int, Any],
-        only: frozenset[int],
-        weight: Any,
-    ) -> None:
-        self.everything, self.spec, self.positions, self.dtensors = everything, spec, positions, dtensors
-        self.only, self.weight = only, weight
-        self.others: dict[int, Any] = {}  # results of leaves that are not tensors, once run
-        self.scale = 1.0  # N w / sum(w), once run
-
-    def derived(self, *, weight: Any) -> _Step:
+    def derived(self, weight: Any) -> _Step:
         """Return the average of tangents or cotangents: of the tensors only."""
-        step = _Step(self.everything, self.spec, self.positions, self.dtensors, frozenset(self.positions), weight)
-        step.collective, step.session, step.timeout = self.collective, self.session, self.timeout
-        return step
+        return replace(self, only=frozenset(self.positions), weight=weight, others={}, scale=1.0)
 
     def run(self, tensors: Sequence[Any]) -> tuple[Any, ...]:
         """Average now."""
+        from funcavg._arrays.torch import wrap_local_tensor
+
         everything = list(self.everything)
         for i, tensor in zip(self.positions, tensors, strict=True):
-            dtensor = self.dtensors.get(i)
-            family = wraps_local_tensor(dtensor)
-            everything[i] = tensor.detach() if family is None else family.rewrap(dtensor.detach(), tensor.detach())
+            local = tensor.detach()
+            everything[i] = wrap_local_tensor(self.dtensors[i].detach(), local) if i in self.dtensors else local
         request = make_request(everything, self.spec, weight=self.weight, only=self.only, wrapped=True)
         with self.session.entered("average"):
             agreement = reach_agreement(request, self.collective, self.session, self.timeout)
@@ -118,20 +115,23 @@ class _Step:
         by_position = dict(zip(request.layout.averaged, results, strict=True))
         if agreement.weights is not None:
             top = max(agreement.weights)
-            total = sum(w / top for w in agreement.weights)
+            total = sum(weight / top for weight in agreement.weights)
             self.scale = self.collective.size * (agreement.weights[self.collective.rank] / top) / total
-        outputs = [by_position.pop(i) for i in self.positions]
+        averaged = [by_position.pop(i) for i in self.positions]
         self.others = by_position
-        return tuple(out.to_local() if i in self.dtensors else out for i, out in zip(self.positions, outputs, strict=True))
+        return tuple(a.to_local() if i in self.dtensors else a for i, a in zip(self.positions, averaged, strict=True))
 
 
 @functools.cache
 def _average_function() -> Any:
     import torch
 
+    def apply(step: _Step, tensors: Sequence[Any]) -> Any:
+        return Average.apply(step, *tensors)  # type: ignore[no-untyped-call]  # torch's stub has no types
+
     class Average(torch.autograd.Function):
         @staticmethod
-        def forward(step: _Step, *tensors: Any) -> Any:  # type: ignore[override]  # the form with setup_context
+        def forward(step: _Step, *tensors: Any) -> Any:
             with torch.no_grad():
                 return step.run(tensors)
 
@@ -142,7 +142,7 @@ def _average_function() -> Any:
 
         @staticmethod
         def backward(ctx: Any, *cotangents: Any) -> Any:
-            means = Average.apply(ctx.step.derived(weight=None), *_materialised(ctx, cotangents))
+            means = apply(ctx.step.derived(None), _materialised(ctx, cotangents))
             scale = ctx.step.scale
             if scale == 0.0:  # 0 * nan would be nan
                 return None, *(torch.zeros_like(mean) for mean in means)
@@ -150,13 +150,13 @@ def _average_function() -> Any:
 
         @staticmethod
         def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
-            return Average.apply(ctx.step.derived(weight=ctx.step.weight), *_materialised(ctx, tangents))
+            return apply(ctx.step.derived(ctx.step.weight), _materialised(ctx, tangents))
 
         @staticmethod
         def vmap(info: Any, in_dims: Any, step: _Step, *tensors: Any) -> Any:
             # The batch goes first, so that ranks which batch along different dimensions send the same shapes.
             moved = [t if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, in_dims[1:], strict=True)]
-            return Average.apply(step, *moved), tuple(None if dim is None else 0 for dim in in_dims[1:])
+            return apply(step, moved), tuple(None if dim is None else 0 for dim in in_dims[1:])
 
     def _materialised(ctx: Any, values: Any) -> list[Any]:
         rows = zip(values, ctx.shapes, strict=True)

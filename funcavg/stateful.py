@@ -6,8 +6,7 @@ differs.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from funcavg._average import average

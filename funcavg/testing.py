@@ -71,8 +71,8 @@ def run_ranks(n: int, fn: Callable[[Collective], T], *, timeout: float = 60.0) -
         # One rank's failure makes others lose a peer. Show the cause, not the consequence.
         causes = [failure for failure in failures if not isinstance(failure[1], PeerLostError)]
         rank, error = (causes or failures)[0]
-        error.funcavg_rank = rank  # type: ignore[attr-defined]  # for callers; the note below is for readers
-        error.__notes__ = [*getattr(error, "__notes__", []), f"raised on rank {rank} of {n} (funcavg.testing.run_ranks)"]
+        note = f"raised on rank {rank} of {n} (funcavg.testing.run_ranks)"
+        vars(error).update(funcavg_rank=rank, __notes__=[*getattr(error, "__notes__", []), note])
         raise error
     hanging = [rank for rank, thread in enumerate(threads) if thread.is_alive()]
     if hanging:

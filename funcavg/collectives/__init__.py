@@ -7,7 +7,6 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from funcavg._errors import missing_extra
 from funcavg.collectives.base import Collective
 from funcavg.collectives.solo import Solo
 
@@ -63,7 +62,7 @@ def as_collective(group: Any = None) -> Collective | None:
         raise TypeError(f"average: group is a class, {group!r}; pass an instance of it")
     if isinstance(group, Collective):
         return group
-    _reject(group)
+    raise _rejection(group)
 
 
 def _is_torch_group(group: Any, torch_dist: Any) -> bool:
@@ -74,13 +73,13 @@ def _is_torch_group(group: Any, torch_dist: Any) -> bool:
     return outside or isinstance(group, kinds)
 
 
-def _reject(group: Any) -> Any:
+def _rejection(group: Any) -> TypeError:
     if isinstance(group, str) or (isinstance(group, tuple) and group and all(isinstance(n, str) for n in group)):
-        raise TypeError(f"average: group={group!r}: JAX axis names are not supported yet")
+        return TypeError(f"average: group={group!r}: JAX axis names are not supported yet")
     if type(group).__module__.partition(".")[0] == "mpi4py":
-        raise TypeError(f"average: group={group!r}: mpi4py communicators are not supported yet")
+        return TypeError(f"average: group={group!r}: mpi4py communicators are not supported yet")
     shown = repr(group)
-    raise TypeError(
+    return TypeError(
         f"average: group must be None, a torch.distributed ProcessGroup, a 1-D DeviceMesh or a funcavg.Collective, got "
         f"{shown if len(shown) <= 80 else shown[:77] + '...'} of type {type(group).__name__}"
     )
@@ -98,8 +97,8 @@ def _guard_against_silent_solo(environ: Mapping[str, str]) -> None:
     jax = sys.modules.get("jax")
     if jax is not None and getattr(jax.distributed, "is_initialized", bool)() and jax.process_count() > 1:
         raise RuntimeError(
-            f"average: group=None, but jax.distributed runs {jax.process_count()} processes, which funcavg cannot reach "
-            f"by itself. Pass a group. {alone}"
+            f"average: group=None, but jax.distributed runs {jax.process_count()} processes, which funcavg cannot "
+            f"reach by itself. Pass a group. {alone}"
         )
 
 
@@ -114,8 +113,3 @@ def launched_ranks(environ: Mapping[str, str]) -> tuple[int, str, str] | None:
         if environ.get(size, "").isdigit() and int(environ[size]) > 1 and environ.get(rank, "").isdigit():
             return int(environ[size]), launcher, call
     return None
-
-
-def torch_extra(what: str) -> ImportError:
-    """Return the error for a feature that needs torch."""
-    return missing_extra(what, "torch", "torch")

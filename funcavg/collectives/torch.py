@@ -51,8 +51,8 @@ def collective_of(group: Any) -> TorchCollective | None:
     if type(group) is dist.ProcessGroup and group not in _known_groups():
         _COLLECTIVES.pop(group, None)
         raise ValueError(
-            f"average: this process group is not registered with torch.distributed (has it been destroyed?): {group!r}. "
-            f"Make a new one with init_process_group or new_group."
+            f"average: this process group is not registered with torch.distributed (has it been destroyed?): "
+            f"{group!r}. Make a new one with init_process_group or new_group."
         )
     if collective is None:
         collective = _COLLECTIVES[group] = TorchCollective(group)
@@ -96,7 +96,7 @@ class TorchCollective:
             gloo.abort()
 
     def _connect(self, timeout: float) -> Any:
-        store = dist.PrefixStore("funcavg", self._store)
+        store: Any = dist.distributed_c10d.PrefixStore("funcavg", self._store)
         keys = [f"here/{rank}" for rank in range(self.size)]
         deadline = time.monotonic() + timeout
         try:
@@ -120,7 +120,7 @@ class TorchCollective:
         """Start sending and receiving rows (peer, NumPy bytes); return what waits for the end."""
         if self._gloo is None and not self.in_callers_thread:
             self._gloo = self._connect(timeout)
-        group = self._group() if self.in_callers_thread else self._gloo
+        group: Any = self._group() if self.in_callers_thread else self._gloo
         tag = next(self._tags) & 0xFFFF
         with self._translate_errors("to start a transfer", timeout):
             works = [(peer, group.recv([torch.from_numpy(row)], peer, tag)) for peer, row in receive]
@@ -141,9 +141,8 @@ class TorchCollective:
         try:
             yield
         except RuntimeError as error:
-            raise PeerLostError(
-                f"rank {self.rank} of {self.size} waited {what} {time.monotonic() - started:.1f} s of {timeout:g} s: {error}"
-            ) from error
+            waited = f"{time.monotonic() - started:.1f} s of {timeout:g} s"
+            raise PeerLostError(f"rank {self.rank} of {self.size} waited {what} {waited}: {error}") from error
 
     def gather(self, payload: bytes, timeout: float) -> list[bytes]:
         """Send the payload to all and receive theirs."""
@@ -210,7 +209,7 @@ class DeviceLane:
     def average(self, tensor: Any, timeout: float) -> Pending:
         """Replace the tensor by its mean over ranks."""
         self._owner.bytes_sent += 2 * (self.size - 1) * tensor.nbytes // self.size
-        options = dist.AllreduceOptions()
+        options: Any = dist.AllreduceOptions()
         options.reduceOp, options.timeout = dist.ReduceOp.AVG, timedelta(seconds=timeout)
         return self._wait_for(self._group.allreduce([tensor], options), timeout)
 

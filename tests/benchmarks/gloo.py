@@ -1,6 +1,6 @@
 """How long does averaging take over Gloo, and against what? Rows go in turns, so that drift hits all alike.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/gloo.py [--ranks 2] [--turns 15] [--tree resnet50|many-small] [--memory]
+OMP_NUM_THREADS=1 python tests/benchmarks/gloo.py [--ranks 2] [--turns 15] [--tree resnet50|many-small] [--memory]
 """
 
 from __future__ import annotations

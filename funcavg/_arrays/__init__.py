@@ -1,0 +1,85 @@
+"""Leaves: from an array or a number to the small class that knows how to read, make and name its kind.
+
+A framework is looked for in ``sys.modules`` only: whoever holds a tensor has imported torch already, and nobody else
+should. A new kind of array is a file with a `Family`, and a row in `_find_family`.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import numpy as np
+
+from funcavg._arrays.base import Family, Leaf, type_name
+from funcavg._arrays.numpy import Integers, NumpyArrays, Scalars, is_averaged
+
+__all__ = ["Family", "Leaf", "family_of", "is_dtensor"]
+
+
+class _Unsupported(Family):
+    """Anything else: an error that says what it is, and what to do about it."""
+
+    def signature(self, leaves: Sequence[Any]) -> Hashable:
+        return object()  # never remembered
+
+    def describe(self, leaf: Any) -> Leaf:
+        jax, torch = sys.modules.get("jax"), sys.modules.get("torch")
+        if jax is not None and isinstance(leaf, jax.Array):
+            raise TypeError(
+                f"JAX array of dtype {leaf.dtype} (JAX leaves are not supported yet; pass np.asarray(leaf))"
+            )
+        if torch is not None and isinstance(leaf, torch.nn.Module):
+            cure = "pass dict(module.named_parameters()) or module.state_dict()"
+            raise TypeError(f"{type(leaf).__name__}, a torch.nn.Module ({cure})")
+        if hasattr(leaf, "__next__"):
+            raise TypeError(f"{type(leaf).__name__}, which can be read only once (pass list(...) of it)")
+        shown = repr(leaf)
+        raise TypeError(f"{type_name(leaf)}: {shown if len(shown) <= 60 else shown[:57] + '...'}")
+
+
+_FAMILIES: dict[type, Family] = {}  # by exact type, filled as types are met
+
+
+def family_of(leaf: Any) -> Family:
+    """Return the family of a leaf."""
+    kind = type(leaf)
+    family = _FAMILIES.get(kind)
+    if family is None:
+        family = _FAMILIES[kind] = _find_family(kind)
+    return family
+
+
+def is_dtensor(leaf: Any) -> bool:
+    """Say whether ``leaf`` is torch's DTensor."""
+    dtensor = sys.modules.get("torch.distributed.tensor")
+    return dtensor is not None and isinstance(leaf, dtensor.DTensor)
+
+
+def _find_family(kind: type) -> Family:
+    if issubclass(kind, (bool, int)):
+        return _INTEGERS
+    if issubclass(kind, (float, complex, np.number, np.bool_)):
+        return _SCALARS
+    if issubclass(kind, np.generic) and is_averaged(np.dtype(kind)) is not None:
+        return _SCALARS  # the scalars of ml_dtypes are no np.number
+    if issubclass(kind, np.ndarray):
+        return _ARRAYS
+    torch = sys.modules.get("torch")
+    if torch is not None and issubclass(kind, torch.Tensor):
+        return _torch_family(
+            is_dtensor=issubclass(kind, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
+        )
+    return _UNSUPPORTED
+
+
+@functools.cache
+def _torch_family(*, is_dtensor: bool) -> Family:
+    from funcavg._arrays.torch import DTensors, Tensors
+
+    return DTensors() if is_dtensor else Tensors()
+
+
+_INTEGERS, _SCALARS, _ARRAYS, _UNSUPPORTED = Integers(), Scalars(), NumpyArrays(), _Unsupported()
