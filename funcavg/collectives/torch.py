@@ -168,7 +168,8 @@ class TorchCollective:
         if group is None or self.in_callers_thread:
             return None
         backends = dict(part.split(":") for part in dist.get_backend_config(group).split(",") if ":" in part)
-        return DeviceLane(group, self) if backends.get(device_type) == "nccl" else None
+        route = device_route(backends.get(device_type), "float32", weighted=False)
+        return None if route == "host" else DeviceLane(group, self)
 
 
 def _is_set(store: Any, key: str) -> bool:
@@ -178,7 +179,7 @@ def _is_set(store: Any, key: str) -> bool:
         return False
 
 
-def device_route(backend: str | None, element: str, weighted: bool) -> str:
+def device_route(backend: str | None, element: str, *, weighted: bool) -> str:
     """Decide how leaves of an accelerator are averaged: a pure function.
 
     Returns "average" (the backend's native average), "exchange" (bytes move on the device, the kernel sums there)
@@ -203,7 +204,7 @@ class DeviceLane:
 
     def averages_natively(self, *, weighted: bool) -> frozenset[str]:
         """Return the dtypes whose mean the backend takes itself."""
-        routes = {name: device_route("nccl", name, weighted) for name in ("float32", "float64", "float16", "bfloat16")}
+        routes = {name: device_route("nccl", name, weighted=weighted) for name in ("float32", "float64", "float16", "bfloat16")}
         return frozenset(name for name, route in routes.items() if route == "average")
 
     def average(self, tensor: Any, timeout: float) -> Pending:
