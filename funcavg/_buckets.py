@@ -1,8 +1,8 @@
 """Leaves cut, packed and unpacked: how a tree becomes a stream of buckets, and back.
 
 A bucket holds consecutive elements of one dtype, cut into one shard per rank. Its memory is a slot: `mine` (what
-this rank sends, and in the end the mean) and `theirs` (what arrives), each of ``size`` rows of equal length. Three
-slots are enough for one bucket to be packed while the one before is exchanged and the one before that is shared.
+this rank sends, and in the end the mean) and `theirs` (what arrives), each of ``size`` rows of equal length. There are
+enough slots for `AHEAD` buckets to be exchanged and as many to be shared while one is packed.
 
 A large leaf has buckets of its own. Where it is contiguous, it is sent from and received into its own memory, and
 nothing is packed. Small leaves, and what is left of large ones when the shards are equal, share buckets.
@@ -20,10 +20,11 @@ import numpy as np
 
 from funcavg._arrays import Family, Leaf
 
-__all__ = ["Bucket", "Slots", "bucket_bytes", "cut", "host_memory", "make_plan"]
+__all__ = ["AHEAD", "Bucket", "Slots", "bucket_bytes", "cut", "host_memory", "make_plan"]
 
 LARGE = 1 << 20  # bytes
-SLOTS = 9
+AHEAD = 4  # measured over Gloo, two ranks: 1.1 to 1.2 times faster than 1, no slower than more
+SLOTS = 2 * AHEAD + 1
 Index = tuple[slice | int, ...]
 _Row = tuple[int, Family, Leaf]  # a leaf's number among the carriers, and what it is
 

@@ -1,6 +1,7 @@
 """The engine: agree, then move a request's leaves through buckets.
 
-Up to three buckets are in flight, so that while this rank packs, averages and unpacks, bytes travel::
+Buckets are kept on their way, so that bytes travel while this rank packs, averages and unpacks. Drawn for one bucket
+ahead (`AHEAD` is more)::
 
     bucket k+1    pack    exchange ─────────────►
     bucket k              ────► exchanged    mean    share ─────────────►
@@ -16,13 +17,12 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from funcavg._agree import Agreement, agree
-from funcavg._buckets import Bucket, make_plan
+from funcavg._buckets import AHEAD, Bucket, make_plan
 from funcavg._mean import mean_into, tensor_mean_into
 from funcavg._request import Request
 from funcavg._session import Session
 from funcavg.collectives.base import Collective, Pending
 
-AHEAD = 4
 __all__ = ["carry_out", "move", "reach_agreement"]
 
 

@@ -32,7 +32,7 @@ class Meeting:
     def leave(self, rank: int, why: str) -> None:
         """Say that a rank comes no more, so that nobody waits for it."""
         with self._changed:
-            self._gone[rank] = why
+            self._gone.setdefault(rank, why)  # the first reason is the cause
             self._changed.notify_all()
 
     def meet(self, rank: int, timeout: float) -> None:
@@ -56,6 +56,8 @@ class Meeting:
 
 class Threads:
     """One rank of a group of threads."""
+
+    stops_on_error = True  # every thread writes to its own buffers only
 
     def __init__(self, rank: int, meeting: Meeting) -> None:
         self.rank, self.size = rank, meeting.size
