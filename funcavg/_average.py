@@ -6,11 +6,11 @@ import math
 import threading
 import warnings
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from funcavg import _tree
 from funcavg._engine import carry_out
-from funcavg._request import Request, make_request
+from funcavg._request import Request, failed_request, make_request
 from funcavg._session import Session, session_of
 from funcavg._transforms import average_differentiably, is_transformed
 from funcavg.collectives import as_collective
@@ -97,17 +97,20 @@ def average(
     collective = as_collective(group)
     if collective is None:
         return params_tree
-    everything, spec = _tree.flatten(params_tree)
     session = session_of(collective)
-    result: T
-    if is_transformed(everything):
-        result = average_differentiably(everything, spec, collective, session, weight, where, donate, seconds)
-        return result
-    with session.entered("average"):
+    try:
+        everything, spec = _tree.flatten(params_tree)
+    except Exception as mistake:  # a container that cannot be walked
+        request = failed_request(mistake)
+    else:
+        if is_transformed(everything):
+            return cast(
+                "T", average_differentiably(everything, spec, collective, session, weight, where, donate, seconds)
+            )
         request = make_request(everything, spec, weight=weight, where=where, donate=donate)
+    with session.entered("average"):
         results = carry_out(request, collective, session, seconds)
-    result = request.rebuild(results)
-    return result
+    return cast("T", request.rebuild(results))
 
 
 def start_average(
@@ -148,20 +151,20 @@ def start_average(
     collective = as_collective(group)
     if collective is None:
         return Handle(params_tree)
-    everything, spec = _tree.flatten(params_tree)
-    if is_transformed(everything):
-        raise RuntimeError(
-            "start_average: not under torch.func transforms, nor for leaves that require grad while gradients are "
-            "recorded. Call it under torch.no_grad(), or use average."
-        )
     session = session_of(collective)
-    session.enter("start_average")
     try:
+        everything, spec = _tree.flatten(params_tree)
+    except Exception as mistake:
+        request = failed_request(mistake)
+    else:
+        if is_transformed(everything):
+            raise RuntimeError(
+                "start_average: not under torch.func transforms, nor for leaves that require grad while gradients are "
+                "recorded. Call it under torch.no_grad(), or use average."
+            )
         request = make_request(everything, spec, weight=weight, where=where, donate=donate)
-        return Handle(None, _Flight(request, collective, session, seconds))
-    except BaseException:
-        session.leave()
-        raise
+    session.enter("start_average")
+    return Handle(None, _Flight(request, collective, session, seconds))
 
 
 class Handle(Generic[T]):
@@ -177,8 +180,7 @@ class Handle(Generic[T]):
             self._result = flight.land()
         if isinstance(self._result, BaseException):
             raise self._result
-        result: T = self._result
-        return result
+        return cast("T", self._result)
 
     def done(self) -> bool:
         """Say whether `wait` would return (or raise) without waiting for other ranks."""

@@ -15,7 +15,7 @@ from funcavg import _tree
 from funcavg._agree import Claim, digest
 from funcavg._arrays import Family, Leaf, family_of
 
-__all__ = ["Layout", "Request", "Where", "make_request"]
+__all__ = ["Layout", "Request", "Where", "failed_request", "make_request"]
 
 Where = Callable[[tuple[Any, ...]], Any]
 BAD_SHOWN = 5
@@ -96,7 +96,7 @@ def make_request(
             if donate:
                 _check_donation(layout, leaves, addresses, ties)
     except Exception as mistake:  # whatever it is, the other ranks must hear of it
-        return Request(everything, spec, None, Claim(bytes(16), (), bytes(16), error=mistake), {}, donate)
+        return failed_request(mistake)
     options = "with a weight" if weight is not None else "without weight"
     claim = Claim(
         digest([options, layout.signature.hex()]),
@@ -107,6 +107,12 @@ def make_request(
         donates_ties=donate and bool(ties),
     )
     return Request(everything, spec, layout, claim, ties, donate)
+
+
+def failed_request(mistake: Exception) -> Request:
+    """Return what a rank brings to agreement that cannot even describe what it was given."""
+    _, spec = _tree.flatten(None)
+    return Request((), spec, None, Claim(bytes(16), (), bytes(16), error=mistake), {}, donate=False)
 
 
 def _check_weight(weight: Any) -> float:
@@ -186,7 +192,8 @@ def _describe_all(
         devices,
         "".join("x" if devices and leaf.device else "." for leaf in leaves),
         {family: [i for i, other in enumerate(chosen) if other is family] for family in dict.fromkeys(chosen)},
-        any(f.overlaps_itself(everything[i]) or "complex" in lines[i] for f, i in zip(chosen, averaged, strict=True)),
+        any(f.overlaps_itself(everything[i]) for f, i in zip(chosen, averaged, strict=True))
+        or any("complex" in leaf.text for leaf in leaves),
     )
 
 

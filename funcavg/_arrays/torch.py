@@ -47,7 +47,7 @@ class Tensors(Family):
 
     def carrier(self, leaf: Any) -> Any:
         leaf = leaf.detach()
-        return torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf.resolve_neg()
+        return torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf
 
     def fresh(self, leaf: Any) -> Any:
         leaf = leaf.detach()
@@ -71,7 +71,7 @@ class Tensors(Family):
         return [leaf.data_ptr() for leaf in leaves]
 
     def geometry(self, leaf: Any) -> Hashable:
-        return leaf.dtype, leaf.shape, leaf.stride()
+        return leaf.dtype, leaf.shape, leaf.stride(), leaf.is_conj(), leaf.is_neg()
 
     def span(self, leaf: Any) -> tuple[int, int]:
         size = leaf.element_size()
@@ -115,6 +115,8 @@ class Tensors(Family):
         if leaf.device.type != "cpu":
             return None
         carrier = self.carrier(leaf)
+        if carrier.is_neg():
+            carrier = torch._neg_view(carrier)  # the same memory, without the bit
         width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
         return carrier.view(width[carrier.element_size()]).numpy()
 

@@ -12,8 +12,6 @@ from funcavg.collectives.solo import Solo
 
 __all__ = ["Collective", "Solo", "as_collective", "launched_ranks"]
 
-_SOLO = Solo()
-
 # (variable with the number of ranks, variable that must be there too, who sets them, what to call)
 _TORCH = "torch.distributed.init_process_group()"
 _MPI = "`from mpi4py import MPI` and pass group=MPI.COMM_WORLD"
@@ -37,7 +35,7 @@ def as_collective(group: Any = None) -> Collective | None:
     a `Collective`                              its ranks
     ==========================================  ===========================================================
 
-    The same group gives the same collective each time. Its attribute ``bytes_sent`` counts what this rank has sent.
+    The same torch group gives the same collective each time. Its attribute ``bytes_sent`` counts what this rank has sent.
 
     Raises:
         TypeError: If ``group`` is none of these.
@@ -53,7 +51,7 @@ def as_collective(group: Any = None) -> Collective | None:
             group = torch_dist.group.WORLD
         else:
             _guard_against_silent_solo(os.environ)
-            return _SOLO
+            return Solo()
     if torch_dist is not None and _is_torch_group(group, torch_dist):
         from funcavg.collectives.torch import collective_of
 

@@ -72,6 +72,10 @@ class Threads:
         self._meeting.meet(self.rank, timeout)
         return list(self._meeting.posts)
 
+    def abort(self) -> None:
+        """Let nobody wait for this rank."""
+        self._meeting.leave(self.rank, "has failed in the middle of a call")
+
     def gather(self, payload: bytes, timeout: float) -> list[bytes]:
         """Return every rank's payload."""
         payloads = self._swap(payload, timeout)

@@ -92,7 +92,7 @@ class TorchCollective:
     def abort(self) -> None:
         """Close the connections, so that nothing more arrives here and no peer waits in vain. The group is spent."""
         gloo, self._gloo = self._gloo, None
-        if gloo is not None:
+        if gloo is not None and hasattr(gloo, "abort"):  # older torch closes them when the last reference goes
             gloo.abort()
 
     def _connect(self, timeout: float) -> Any:
@@ -204,7 +204,10 @@ class DeviceLane:
 
     def averages_natively(self, *, weighted: bool) -> frozenset[str]:
         """Return the dtypes whose mean the backend takes itself."""
-        routes = {name: device_route("nccl", name, weighted=weighted) for name in ("float32", "float64", "float16", "bfloat16")}
+        routes = {
+            name: device_route("nccl", name, weighted=weighted)
+            for name in ("float32", "float64", "float16", "bfloat16")
+        }
         return frozenset(name for name, route in routes.items() if route == "average")
 
     def average(self, tensor: Any, timeout: float) -> Pending:
