@@ -122,16 +122,16 @@ class Tensors(Family):
 
 
 class DTensors(Tensors):
-    """torch's DTensor: the local shard is averaged and wrapped again."""
+    """torch's DTensor: the local shard is averaged, as any tensor, and wrapped again."""
 
     def signature(self, leaves: Sequence[Any]) -> Hashable:
         wrapping = [
             (type(leaf), leaf.shape, leaf.placements, tuple(leaf.device_mesh.get_coordinate() or ())) for leaf in leaves
         ]
-        return tuple(wrapping), super().signature([leaf._local_tensor for leaf in leaves])
+        return tuple(wrapping), _LOCAL.signature([leaf._local_tensor for leaf in leaves])
 
     def describe(self, leaf: Any) -> Leaf:
-        local = super().describe(leaf._local_tensor)
+        local = _LOCAL.describe(leaf._local_tensor)
         where = []
         for dim, placement in enumerate(leaf.placements):
             if placement.is_partial():
@@ -143,13 +143,13 @@ class DTensors(Tensors):
         return local._replace(text=text, plain=False)
 
     def carrier(self, leaf: Any) -> Any:
-        return super().carrier(leaf._local_tensor)
+        return _LOCAL.carrier(leaf._local_tensor)
 
     def fresh(self, leaf: Any) -> Any:
-        return super().fresh(leaf._local_tensor)
+        return _LOCAL.fresh(leaf._local_tensor)
 
     def finish(self, leaf: Any, carrier: Any) -> Any:
-        result = wrap_local_tensor(leaf, super().finish(leaf._local_tensor.detach(), carrier))
+        result = wrap_local_tensor(leaf, _LOCAL.finish(leaf._local_tensor.detach(), carrier))
         if isinstance(leaf, torch.nn.Parameter):
             return torch.nn.Parameter(result, requires_grad=leaf.requires_grad)
         return result.requires_grad_(leaf.requires_grad)
@@ -158,19 +158,19 @@ class DTensors(Tensors):
         return result
 
     def addresses(self, leaves: Sequence[Any]) -> list[int]:
-        return super().addresses([leaf._local_tensor for leaf in leaves])
+        return _LOCAL.addresses([leaf._local_tensor for leaf in leaves])
 
     def geometry(self, leaf: Any) -> Hashable:
-        return super().geometry(leaf._local_tensor)
+        return _LOCAL.geometry(leaf._local_tensor)
 
     def span(self, leaf: Any) -> tuple[int, int]:
-        return super().span(leaf._local_tensor)
+        return _LOCAL.span(leaf._local_tensor)
 
     def as_numpy(self, leaf: Any) -> Any:
-        return super().as_numpy(leaf._local_tensor)
+        return _LOCAL.as_numpy(leaf._local_tensor)
 
     def overlaps_itself(self, leaf: Any) -> bool:
-        return super().overlaps_itself(leaf._local_tensor)
+        return _LOCAL.overlaps_itself(leaf._local_tensor)
 
     def all_donatable(self, leaves: Sequence[Any]) -> bool:
         return False
@@ -178,7 +178,10 @@ class DTensors(Tensors):
     def refuse_donation(self, leaf: Any) -> str | None:
         if leaf.requires_grad and torch.is_grad_enabled():
             return "a DTensor that requires grad, while gradients are recorded; donate it under torch.no_grad()"
-        return super().refuse_donation(leaf._local_tensor.detach())
+        return _LOCAL.refuse_donation(leaf._local_tensor.detach())
+
+
+_LOCAL = Tensors()
 
 
 def wrap_local_tensor(leaf: Any, local: Any) -> Any:
