@@ -61,8 +61,8 @@ class NumpyArrays(Family):
         return all([leaf.flags.writeable for leaf in leaves])
 
     def as_bytes(self, carrier: Any) -> Any:
-        if not (carrier.flags.c_contiguous and carrier.dtype.isnative):
-            return None
+        if not (carrier.flags.c_contiguous and carrier.dtype.isnative and carrier.flags.writeable):
+            return None  # read-only memory is packed: transports take writable buffers only
         return carrier.reshape(-1).view(np.uint8)
 
     def window(self, memory: Any, native: Any, shape: tuple[int, ...]) -> Any:

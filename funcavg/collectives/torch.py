@@ -63,7 +63,7 @@ _COLLECTIVES: weakref.WeakKeyDictionary[Any, TorchCollective] = weakref.WeakKeyD
 
 
 def _known_groups() -> dict[Any, Any]:
-    """Return {group: (backend, store)}. Private to torch; the same in releases 2.4 to 2.13."""
+    """Return {group: (backend, store)}. Private to torch; tested with release 2.13."""
     groups: dict[Any, Any] = dist.distributed_c10d._world.pg_map
     return groups
 
@@ -129,9 +129,10 @@ class TorchCollective:
 
         def wait() -> None:
             # Gloo forgets a transfer's buffer only with its work, so these live until the wait is over.
+            deadline = time.monotonic() + timeout
             for peer, work in works:
                 with self._translate_errors(f"for rank {peer}", timeout):
-                    work.wait(timedelta(seconds=timeout))
+                    work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
 
         return wait
 
