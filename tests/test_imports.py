@@ -1,0 +1,53 @@
+"""Nobody pays for a framework that he does not use."""
+
+import subprocess
+import sys
+
+import pytest
+
+FRAMEWORKS = {"torch", "jax", "mpi4py", "ml_dtypes"}
+BUDGET = 0.030  # seconds
+
+
+def python(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    return done.stdout.strip(), done.stderr
+
+
+def loaded(imports):
+    out, _ = python(f"{imports}\nimport sys; print(*sorted({FRAMEWORKS!r} & set(sys.modules)))")
+    return set(out.split())
+
+
+def test_import_loads_no_framework():
+    assert loaded("import funcavg, funcavg.testing, funcavg.collectives") == set()
+
+
+def test_averaging_numpy_loads_no_framework():
+    assert loaded("import funcavg, numpy as np; funcavg.average({'w': np.ones(3)})") == set()
+
+
+def test_the_check_would_notice():
+    assert "torch" in loaded("import funcavg; funcavg.PeriodicModelAverager")
+
+
+def test_import_takes_under_30_ms():
+    # Processor time, and the best of several: the machine may be busy with other tests.
+    code = "import numpy, optree, time; t = time.process_time(); import funcavg; print(time.process_time() - t)"
+    assert min(float(python(code)[0]) for _ in range(7)) < BUDGET
+
+
+@pytest.mark.parametrize("name", ["PeriodicModelAverager", "PostLocalSGDOptimizer"])
+def test_a_missing_extra_names_its_cure(name):
+    _, error = python(f"import sys; sys.modules['torch'] = None; import funcavg; funcavg.{name}")
+    assert "ImportError: funcavg's model averagers needs torch" in error
+    assert "pip install 'funcavg[torch]'" in error
+
+
+def test_everything_else_works_without_torch():
+    out, _ = python(
+        "import sys; sys.modules['torch'] = None\n"
+        "import numpy as np, funcavg\n"
+        "print(funcavg.average({'w': np.ones(2), 'x': 1.5}), funcavg.should_average(4, warmup=0, period=2))"
+    )
+    assert out == "{'w': array([1., 1.]), 'x': 1.5} True"
