@@ -1,5 +1,6 @@
 """Nobody pays for a framework that he does not use."""
 
+import os
 import subprocess
 import sys
 
@@ -9,8 +10,10 @@ FRAMEWORKS = {"torch", "jax", "mpi4py", "ml_dtypes"}
 BUDGET = 0.030  # seconds
 
 
-def python(code):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+def python(code, **environ):
+    command = [sys.executable, "-c", code]
+    environ = {**os.environ, **environ}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environ)
     return done.stdout.strip(), done.stderr
 
 
@@ -31,10 +34,11 @@ def test_the_check_would_notice():
     assert "torch" in loaded("import funcavg; funcavg.PeriodicModelAverager")
 
 
-def test_import_takes_under_30_ms():
-    # Processor time, and the best of several: the machine may be busy with other tests.
+def test_import_takes_under_30_ms(tmp_path):
+    # Processor time, and the best of several: the machine may be busy with other tests. From bytecode, as installed.
+    environ = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
     code = "import numpy, optree, time; t = time.process_time(); import funcavg; print(time.process_time() - t)"
-    assert min(float(python(code)[0]) for _ in range(7)) < BUDGET
+    assert min(float(python(code, **environ)[0]) for _ in range(7)) < BUDGET
 
 
 @pytest.mark.parametrize("name", ["PeriodicModelAverager", "PostLocalSGDOptimizer"])
