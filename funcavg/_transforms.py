@@ -144,8 +144,9 @@ def _average_function() -> Any:
         def backward(ctx: Any, *cotangents: Any) -> Any:
             means = apply(ctx.step.derived(None), _materialised(ctx, cotangents))
             scale = ctx.step.scale
-            if scale == 0.0:  # 0 * nan would be nan
-                return None, *(torch.zeros_like(mean) for mean in means)
+            if scale == 0.0:  # 0 * nan would be nan; masked, it stays in the graph, so that this rank takes part in
+                # the averages of higher derivatives
+                return None, *(mean.masked_fill(torch.ones_like(mean, dtype=torch.bool), 0.0) for mean in means)
             return None, *(mean if scale == 1.0 else mean * scale for mean in means)
 
         @staticmethod
