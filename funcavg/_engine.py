@@ -81,9 +81,11 @@ def _finish(request: Request, leaves: Sequence[Any], results: Sequence[Any], tie
             leaf if family.mutable else finished[i]
             for i, (leaf, family) in enumerate(zip(leaves, layout.families, strict=True))
         ]
+    tied = {id(leaves[original]): finished[original] for original in ties.values()}
     for i, original in ties.items():
-        same = leaves[i] is leaves[original]
-        finished[i] = finished[original] if same else layout.families[i].tie(leaves[i], finished[original])
+        if id(leaves[i]) not in tied:  # another view of the same memory
+            tied[id(leaves[i])] = layout.families[i].tie(leaves[i], finished[original])
+        finished[i] = tied[id(leaves[i])]
     return finished
 
 

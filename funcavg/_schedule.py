@@ -79,7 +79,7 @@ def check_schedule(warmup: Any, period: Any) -> tuple[int, int]:
 
 
 def _integer(name: str, value: Any) -> int:
-    is_bool = isinstance(value, (bool, np.bool_)) or getattr(value, "dtype", None) == np.bool_
+    is_bool = isinstance(value, (bool, np.bool_)) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
     try:
         if not is_bool:
             return operator.index(value)

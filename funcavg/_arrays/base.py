@@ -102,7 +102,7 @@ class Family:
 
 def is_expanded(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Say whether several elements share one memory cell."""
-    return any(extent > 1 and stride == 0 for extent, stride in zip(shape, strides, strict=True))
+    return 0 not in shape and any(extent > 1 and stride == 0 for extent, stride in zip(shape, strides, strict=True))
 
 
 def memory_span(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> tuple[int, int]:

@@ -108,8 +108,11 @@ class Scalars(NumpyArrays):
     def overlaps_itself(self, leaf: Any) -> bool:
         return False
 
+    def refuse_donation(self, leaf: Any) -> str | None:
+        return None  # immutable: the result is a new number either way
+
     def all_donatable(self, leaves: Sequence[Any]) -> bool:
-        return True  # immutable: the result is a new number either way
+        return True
 
 
 class Integers(Family):
@@ -139,7 +142,7 @@ def is_averaged(dtype: np.dtype[Any]) -> bool | None:
     """Say whether a NumPy dtype is averaged (True), passes through (False), or is refused (None)."""
     if dtype.type.__module__ == "ml_dtypes":  # float types; its integers are 4 bits wide and narrower
         try:
-            sys.modules["ml_dtypes"].finfo(dtype)
+            sys.modules["ml_dtypes"].finfo(dtype.type)  # of any byte order
         except ValueError:
             return False
         return True
