@@ -32,7 +32,9 @@ HAS_ERROR, DONATES_TIES = 1, 2
 TEXT_BYTES = 64 << 10  # of a compressed text; more is cut off
 SHOWN = 5  # differences listed in an error
 NOTHING_MOVED = "Nothing was sent and the inputs are unchanged, on every rank."
-ERRORS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (TypeError, ValueError, RuntimeError)}
+ERRORS: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (TypeError, ValueError, RuntimeError, NotImplementedError)
+}
 
 
 def digest(lines: Sequence[str]) -> bytes:
@@ -114,6 +116,7 @@ def _share_error(collective: Collective, claim: Claim, failed: list[int], timeou
     also = f" ({len(failed)} of {collective.size} ranks found a mistake.)" if len(failed) > 1 else ""
     if kind not in ERRORS:
         message = f"{kind}: {message}"
+    message = message if message.endswith(".") else f"{message}."
     error = ERRORS.get(kind, FuncavgError)(f"average: {who}{message}{also} {NOTHING_MOVED}")
     error.__cause__ = claim.error
     return error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -176,8 +178,8 @@ class Handle(Generic[T]):
     def wait(self) -> T:
         """Wait for the other ranks and return the averaged tree; raise what `average` raises."""
         if self._flight is not None:
-            flight, self._flight = self._flight, None
-            self._result = flight.land()
+            self._result = self._flight.land()  # if interrupted (Ctrl-C), it can be waited for again
+            self._flight = None
         if isinstance(self._result, BaseException):
             raise self._result
         return cast("T", self._result)
@@ -204,6 +206,9 @@ class _Flight:
     def __init__(self, request: Request, collective: Collective, session: Session, timeout: float) -> None:
         self._request, self._collective, self._session, self._timeout = request, collective, session, timeout
         self._outcome: Any = None  # the tree, or the exception
+        torch = sys.modules.get("torch")
+        inference = torch is not None and torch.is_inference_mode_enabled()
+        self._mode = torch.inference_mode if torch is not None and inference else contextlib.nullcontext
         self._guard = threading.Lock()
         self._over = self._abandoned = False
         on_device = request.layout is not None and bool(request.layout.devices)
@@ -214,8 +219,9 @@ class _Flight:
 
     def _fly(self) -> None:
         try:
-            results = carry_out(self._request, self._collective, self._session, self._timeout)
-            self._outcome = self._request.rebuild(results)
+            with self._mode():  # of the caller's thread
+                results = carry_out(self._request, self._collective, self._session, self._timeout)
+                self._outcome = self._request.rebuild(results)
         except BaseException as error:  # raised by wait()
             self._outcome = error
         with self._guard:

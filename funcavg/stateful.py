@@ -143,8 +143,8 @@ class PeriodicModelAverager(ModelAverager, torch_averagers.PeriodicModelAverager
         Raises:
             TreeMismatchError: If ranks disagree about which parameters have gradients, or about shapes, dtypes or
                 order. On every rank alike.
-            NotImplementedError: If an item is neither a ``Parameter`` nor a dict, such as a plain tensor. On the rank
-                that passed it; the others raise `FuncavgError`, which quotes it.
+            NotImplementedError: If an item is neither a ``Parameter`` nor a dict, such as a plain tensor. On every rank,
+                whoever passed it.
             ValueError: If no parameter has a gradient, or parameters overlap in memory without being equal views. On
                 every rank alike.
             PeerLostError: If a rank dies or does not come within 300 s. On the ranks that wait for it.

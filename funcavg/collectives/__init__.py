@@ -35,7 +35,7 @@ def as_collective(group: Any = None) -> Collective | None:
     a `Collective`                              its ranks
     ==========================================  ===========================================================
 
-    The same torch group gives the same collective each time. Its attribute ``bytes_sent`` counts what this rank has sent.
+    The same torch group gives the same collective each time. Its ``bytes_sent`` counts what this rank has sent.
 
     Raises:
         TypeError: If ``group`` is none of these.
