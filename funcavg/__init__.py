@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from funcavg._average import Handle, average, start_average
+from funcavg._average import average, start_average
 from funcavg._errors import FuncavgError, PeerLostError, TreeMismatchError
+from funcavg._handle import Handle
 from funcavg._schedule import should_average
 from funcavg.collectives.base import Collective
 

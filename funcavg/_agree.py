@@ -65,7 +65,13 @@ def agree(collective: Collective, claim: Claim, timeout: float) -> Agreement | E
     """Exchange claims; return what follows from them, or the error that every rank is to raise."""
     flags = HAS_ERROR * (claim.error is not None) + DONATES_TIES * claim.donates_ties
     payload = HEADER.pack(MAGIC, VERSION, flags, claim.weight, claim.signature, claim.layout)
-    heads = [HEADER.unpack(head) for head in collective.gather(payload, timeout)]
+    payloads = collective.gather(payload, timeout)
+    if [len(head) for head in payloads] != [len(payload)] * collective.size:
+        raise FuncavgError(
+            f"gather of {collective!r} must return {collective.size} payloads of {len(payload)} bytes, one of every "
+            f"rank, got lengths {[len(head) for head in payloads]}."
+        )
+    heads = [HEADER.unpack(head) for head in payloads]
     for rank, (magic, version, *_) in enumerate(heads):
         if (magic, version) != (MAGIC, VERSION):
             return FuncavgError(
@@ -110,7 +116,7 @@ def _share_error(collective: Collective, claim: Claim, failed: list[int], timeou
     first = failed[0]
     text = ""
     if claim.error is not None and collective.rank == first:
-        text = f"{type(claim.error).__name__}\n{claim.error}"
+        text = f"{type(claim.error).__name__}\n{_words(claim.error)}"
     kind, _, message = _publish(collective, text, timeout)[first].partition("\n")
     who = f"rank {first}: " if collective.size > 1 else ""
     also = f" ({len(failed)} of {collective.size} ranks found a mistake.)" if len(failed) > 1 else ""
@@ -120,6 +126,13 @@ def _share_error(collective: Collective, claim: Claim, failed: list[int], timeou
     error = ERRORS.get(kind, FuncavgError)(f"average: {who}{message}{also} {NOTHING_MOVED}")
     error.__cause__ = claim.error
     return error
+
+
+def _words(error: Exception) -> str:
+    try:
+        return str(error)
+    except Exception:  # a user's exception may fail to say what it is; the ranks that wait must hear something
+        return "(it has no words for itself)"
 
 
 def _describe_mismatch(collective: Collective, claim: Claim, different: list[int], timeout: float) -> str:
@@ -134,8 +147,10 @@ def _describe_mismatch(collective: Collective, claim: Claim, different: list[int
         shown = f"    the first {min(len(ours), len(theirs)) - 1} leaves are alike; a later one differs"
     ranks = f"{len(different)} of {collective.size} ranks differ{'s' if len(different) == 1 else ''} from rank 0"
     hint = ""
-    if any("DTensor" in line for line in differences):
-        hint = " The group spans shards of a DTensor: pass the mesh of its replicate dimension, mesh['replicate']."
+    if any("(S(" in line and " at " in line for line in differences):  # as leaves of DTensors are described
+        hint = (
+            " A group that spans the shards of a DTensor cannot average it: pass the mesh of its replicate dimension."
+        )
     return (
         f"average: ranks passed trees that do not match ({ranks}).\n{shown}{more}\n{NOTHING_MOVED} Every rank must "
         f"pass the same paths, shapes, dtypes, order and options.{hint}"

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-import sys
-import threading
-import warnings
-from collections.abc import Callable
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from funcavg import _tree
 from funcavg._engine import carry_out
-from funcavg._request import Request, failed_request, make_request
-from funcavg._session import Session, session_of
+from funcavg._handle import Flight, Handle
+from funcavg._request import Where, failed_request, make_request
+from funcavg._session import session_of
 from funcavg._transforms import average_differentiably, is_transformed
 from funcavg.collectives import as_collective
-from funcavg.collectives.base import Collective
 
-__all__ = ["Handle", "average", "start_average"]
+__all__ = ["Handle", "average", "report_mistake", "start_average"]
 
 T = TypeVar("T")
-Where = Callable[[tuple[Any, ...]], Any]
 TIMEOUT = 300.0  # seconds
+LONGEST = 1e7  # seconds; clocks take no more than some 1e9
 
 
 def average(
@@ -115,6 +109,15 @@ def average(
     return cast("T", request.rebuild(results))
 
 
+def report_mistake(mistake: Exception, group: Any) -> None:
+    """Come to a call of `average` that the other ranks make, only to raise a mistake of this rank on all of them."""
+    collective = as_collective(group)
+    if collective is not None:
+        session = session_of(collective)
+        with session.entered("average"):
+            carry_out(failed_request(mistake), collective, session, TIMEOUT)
+
+
 def start_average(
     params_tree: T,
     group: Any = None,
@@ -166,85 +169,11 @@ def start_average(
             )
         request = make_request(everything, spec, weight=weight, where=where, donate=donate)
     session.enter("start_average")
-    return Handle(None, _Flight(request, collective, session, seconds))
-
-
-class Handle(Generic[T]):
-    """An average under way. Made by `start_average`."""
-
-    def __init__(self, result: Any, flight: _Flight | None = None) -> None:
-        self._result, self._flight = result, flight
-
-    def wait(self) -> T:
-        """Wait for the other ranks and return the averaged tree; raise what `average` raises."""
-        if self._flight is not None:
-            self._result = self._flight.land()  # if interrupted (Ctrl-C), it can be waited for again
-            self._flight = None
-        if isinstance(self._result, BaseException):
-            raise self._result
-        return cast("T", self._result)
-
-    def done(self) -> bool:
-        """Say whether `wait` would return (or raise) without waiting for other ranks."""
-        return self._flight is None or self._flight.landed()
-
-    def __del__(self) -> None:
-        flight = getattr(self, "_flight", None)
-        if flight is not None:
-            flight.abandon()
-            warnings.warn(
-                "a handle of start_average was dropped without wait(): its result is lost, and so is any error",
-                RuntimeWarning,
-                stacklevel=2,
-                source=self,
-            )
-
-
-class _Flight:
-    """The background of one `start_average`. It occupies the session until it is waited for, or abandoned and over."""
-
-    def __init__(self, request: Request, collective: Collective, session: Session, timeout: float) -> None:
-        self._request, self._collective, self._session, self._timeout = request, collective, session, timeout
-        self._outcome: Any = None  # the tree, or the exception
-        torch = sys.modules.get("torch")
-        inference = torch is not None and torch.is_inference_mode_enabled()
-        self._mode = torch.inference_mode if torch is not None and inference else contextlib.nullcontext
-        self._guard = threading.Lock()
-        self._over = self._abandoned = False
-        on_device = request.layout is not None and bool(request.layout.devices)
-        self._waits_for_caller = on_device or getattr(collective, "in_callers_thread", False)
-        self._thread = threading.Thread(target=self._fly, name="funcavg start_average", daemon=True)
-        if not self._waits_for_caller:
-            self._thread.start()
-
-    def _fly(self) -> None:
-        try:
-            with self._mode():  # of the caller's thread
-                results = carry_out(self._request, self._collective, self._session, self._timeout)
-                self._outcome = self._request.rebuild(results)
-        except BaseException as error:  # raised by wait()
-            self._outcome = error
-        with self._guard:
-            self._over = True
-            if self._abandoned:
-                self._session.leave()
-
-    def landed(self) -> bool:
-        return self._over
-
-    def land(self) -> Any:
-        if self._waits_for_caller:
-            self._fly()
-        else:
-            self._thread.join()
-        self._session.leave()
-        return self._outcome
-
-    def abandon(self) -> None:
-        with self._guard:
-            self._abandoned = True
-            if self._over or self._waits_for_caller:
-                self._session.leave()
+    try:
+        return Handle(None, Flight(request, collective, session, seconds))
+    except BaseException:  # no thread to be had
+        session.leave()
+        raise
 
 
 def _check_timeout(timeout: float | None, who: str) -> float:
@@ -252,6 +181,6 @@ def _check_timeout(timeout: float | None, who: str) -> float:
         return TIMEOUT
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
         raise TypeError(f"{who}: timeout must be a number of seconds or None, got {timeout!r}")
-    if not (timeout > 0 and math.isfinite(timeout)):
-        raise ValueError(f"{who}: timeout must be a positive, finite number of seconds, got {timeout!r}")
+    if not 0 < timeout <= LONGEST:
+        raise ValueError(f"{who}: timeout must be positive and at most {LONGEST:g} seconds, got {timeout!r}")
     return float(timeout)

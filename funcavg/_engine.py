@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from funcavg._agree import Agreement, agree
 from funcavg._buckets import AHEAD, Bucket, make_plan
+from funcavg._errors import PeerLostError
 from funcavg._mean import mean_into, tensor_mean_into
 from funcavg._request import Request
 from funcavg._session import Session
@@ -77,6 +78,8 @@ def _finish(request: Request, leaves: Sequence[Any], results: Sequence[Any], tie
         if i not in ties:
             finished[i] = layout.families[i].finish(leaves[i], results[i])
     if request.donate:
+        for family, members in layout.members.items():
+            family.written([leaves[i] for i in members])
         return [
             leaf if family.mutable else finished[i]
             for i, (leaf, family) in enumerate(zip(leaves, layout.families, strict=True))
@@ -95,9 +98,12 @@ def _spending(session: Session, collective: Collective) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        session.spend(error)
+        session.spend(error, late_writes=not getattr(collective, "stops_on_error", False))
         if hasattr(collective, "abort"):
             collective.abort()
+        if isinstance(error, PeerLostError):
+            cure = "The group is spent: make a new one, and start from one rank's parameters or a checkpoint."
+            raise PeerLostError(f"average: {error} {cure}") from error
         raise
 
 

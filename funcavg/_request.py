@@ -51,6 +51,7 @@ class Request(NamedTuple):
     claim: Claim
     ties: dict[int, int]  # averaged leaf -> the first with the same memory
     donate: bool
+    only: frozenset[int] | None = None  # positions that may be averaged
 
     @property
     def leaves(self) -> list[Any]:
@@ -79,14 +80,13 @@ def make_request(
 ) -> Request:
     """Take a call's arguments apart. Mistakes in the tree or the weight go into the claim, for all ranks to raise.
 
-    ``only`` restricts averaging to leaves at these positions, as ``where`` does to paths. ``wrapped`` leaves are those
+    ``only`` restricts averaging to leaves at these positions, in the place of ``where``. ``wrapped`` leaves are those
     of a torch transform: ties are not looked for, since their memory may be out of reach.
     """
     try:
         number = _check_weight(weight)
         if where is not None:
-            accepted = (i for i, path in enumerate(_tree.paths(spec)) if where(path))
-            only = frozenset(accepted if only is None else only.intersection(accepted))
+            only = _accepted(spec, where)
         layout = _layout_of(everything, spec, only)
         leaves = [everything[i] for i in layout.averaged]
         ties = {}
@@ -106,13 +106,27 @@ def make_request(
         weight is not None,
         donates_ties=donate and bool(ties),
     )
-    return Request(everything, spec, layout, claim, ties, donate)
+    return Request(everything, spec, layout, claim, ties, donate, only)
 
 
 def failed_request(mistake: Exception) -> Request:
     """Return what a rank brings to agreement that cannot even describe what it was given."""
     _, spec = _tree.flatten(None)
     return Request((), spec, None, Claim(bytes(16), (), bytes(16), error=mistake), {}, donate=False)
+
+
+def _accepted(spec: optree.PyTreeSpec, where: Where) -> frozenset[int]:
+    if not callable(where):
+        raise TypeError(f"where must be a function of a path, got {where!r} of type {type(where).__name__}.")
+    accepted: list[int] = []
+    path: tuple[Any, ...] = ()
+    try:
+        for i, path in enumerate(_tree.paths(spec)):
+            if where(path):
+                accepted.append(i)
+    except Exception as error:
+        raise RuntimeError(f"where raised {type(error).__name__}: {error}, for path {path!r}.") from error
+    return frozenset(accepted)
 
 
 def _check_weight(weight: Any) -> float:

@@ -60,10 +60,14 @@ class Session:
         """End a call."""
         self._lock.release()
 
-    def spend(self, error: BaseException) -> None:
-        """Declare the group unusable: ranks may no longer agree about where in a call they are."""
+    def spend(self, error: BaseException, *, late_writes: bool) -> None:
+        """Declare the group unusable: ranks may no longer agree about where in a call they are.
+
+        ``late_writes``: whether a transfer that has failed may still write to the memory of buckets.
+        """
         self._spent = f"{type(error).__name__}: {error}"
-        _GRAVEYARD.append((self._slots, self._plans))  # a transfer that failed may still write there
+        if late_writes:
+            _GRAVEYARD.append(self._slots)
         self._slots, self._plans = {}, OrderedDict()
 
     def slots(self, memory: str) -> Slots:
@@ -105,6 +109,10 @@ def session_of(collective: Collective) -> Session:
     key = id(collective)
     with _GUARD:
         if key not in _SESSIONS:
-            weakref.finalize(collective, _SESSIONS.pop, key, None)
+            try:
+                weakref.finalize(collective, _SESSIONS.pop, key, None)
+            except TypeError:
+                cure = "Add '__weakref__' to its __slots__."
+                raise TypeError(f"average: group {collective!r} must allow weak references. {cure}") from None
             _SESSIONS[key] = Session(collective.size)
         return _SESSIONS[key]

@@ -68,8 +68,7 @@ def average_differentiably(
     # A DTensor goes through torch's rules as its local shard, and into the request as itself.
     dtensors = {i: everything[i] for i in positions if is_dtensor(everything[i])}
     tensors = [everything[i].to_local() if i in dtensors else everything[i] for i in positions]
-    only = frozenset(probe.layout.averaged)
-    step = _Step(everything, spec, positions, dtensors, only, weight, collective, session, timeout)
+    step = _Step(everything, spec, positions, dtensors, probe.only, weight, collective, session, timeout)
     outputs = _average_function().apply(step, *tensors) if positions else step.run(())
     results = list(everything)
     for i, output in zip(positions, outputs, strict=True):
@@ -87,7 +86,7 @@ class _Step:
     spec: optree.PyTreeSpec
     positions: Sequence[int]  # of tensors that torch's rules see
     dtensors: Mapping[int, Any]
-    only: frozenset[int]  # positions that are averaged; others than `positions` hold NumPy arrays and numbers
+    only: frozenset[int] | None  # positions that `where` accepts: `positions`, and those of other kinds of leaves
     weight: Any
     collective: Collective
     session: Session

@@ -12,7 +12,7 @@ from contextlib import suppress
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from funcavg._average import average
+from funcavg._average import average, report_mistake
 from funcavg._errors import TreeMismatchError, missing_extra
 from funcavg._schedule import should_average
 from funcavg.collectives import as_collective
@@ -143,8 +143,8 @@ class PeriodicModelAverager(ModelAverager, torch_averagers.PeriodicModelAverager
         Raises:
             TreeMismatchError: If ranks disagree about which parameters have gradients, or about shapes, dtypes or
                 order. On every rank alike.
-            NotImplementedError: If an item is neither a ``Parameter`` nor a dict, such as a plain tensor. On every rank,
-                whoever passed it.
+            NotImplementedError: If an item is neither a ``Parameter`` nor a dict, such as a plain tensor. On every
+                rank, whoever passed it.
             ValueError: If no parameter has a gradient, or parameters overlap in memory without being equal views. On
                 every rank alike.
             PeerLostError: If a rank dies or does not come within 300 s. On the ranks that wait for it.
@@ -307,12 +307,8 @@ def _average_parameters(params: Parameters, group: Any) -> None:
 
 def _raise_on_every_rank(mistake: Exception, group: Any) -> NoReturn:
     """Raise this rank's mistake here, and let the ranks that wait in `average` hear of it."""
-
-    def where(_: tuple[Any, ...]) -> NoReturn:
-        raise mistake
-
     with suppress(Exception):  # the same mistake, in other words
-        average(0.0, group, where=where)
+        report_mistake(mistake, group)
     raise mistake
 
 

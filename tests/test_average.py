@@ -270,6 +270,19 @@ def test_a_negated_view_is_donated(wrap):
         assert x.imag.tolist() == [4.0, 1.0]
 
 
+@pytest.mark.parametrize("make", [np.arange, torch.arange])
+def test_unequal_views_of_one_memory_are_not_tied(make):
+    """They begin at the same address: other strides, or another shape."""
+
+    def fn(group):
+        x = (make(4.0) * (group.rank + 1)).reshape(2, 2)
+        views = [x, x.T, x[0], x[:, 0], x.reshape(4)]
+        return [leaf.tolist() for leaf in average(views, group)]
+
+    x = np.arange(4.0).reshape(2, 2) * 1.5
+    assert run_ranks(2, fn) == [[leaf.tolist() for leaf in (x, x.T, x[0], x[:, 0], x.reshape(4))]] * 2
+
+
 def test_interleaved_views_are_donated():
     """x[0::2] and x[1::2] have extents that meet, and no element in common."""
 

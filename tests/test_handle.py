@@ -1,5 +1,7 @@
 """start_average: the same engine, in the background."""
 
+import signal
+import threading
 import time
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import torch
 
 from funcavg import PeerLostError, TreeMismatchError, average, start_average
+from funcavg.collectives import Solo
 from funcavg.testing import run_ranks
 
 
@@ -113,3 +116,29 @@ def test_refused_where_torch_wants_a_graph():
             return start_average([leaf], group).wait()[0].requires_grad
 
     assert run_ranks(2, fn) == [True, True]
+
+
+def test_in_inference_mode():
+    """The background thread has the mode of the caller's, without which it could not write to donated leaves."""
+
+    def fn(group):
+        with torch.inference_mode():
+            leaf = torch.full((3,), float(group.rank))
+            result = start_average([leaf], group, donate=True).wait()[0]
+            return result is leaf, leaf.tolist(), start_average(leaf, group).wait().is_inference()
+
+    assert run_ranks(2, fn) == [(True, [0.5] * 3, True)] * 2
+
+
+def test_a_wait_that_is_interrupted_can_be_repeated():
+    class Slow(Solo):
+        def gather(self, payload, timeout):
+            time.sleep(0.6)
+            return [payload]
+
+    handle = start_average({"w": 1.5}, Slow())
+    main = threading.main_thread().ident
+    threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        handle.wait()
+    assert handle.wait() == {"w": 1.5}

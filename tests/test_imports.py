@@ -44,7 +44,7 @@ def test_import_takes_under_30_ms(tmp_path):
 @pytest.mark.parametrize("name", ["PeriodicModelAverager", "PostLocalSGDOptimizer"])
 def test_a_missing_extra_names_its_cure(name):
     _, error = python(f"import sys; sys.modules['torch'] = None; import funcavg; funcavg.{name}")
-    assert "ImportError: funcavg's model averagers needs torch" in error
+    assert "ImportError: funcavg.stateful needs torch with torch.distributed" in error
     assert "pip install 'funcavg[torch]'" in error
 
 

@@ -42,11 +42,12 @@ def test_integers_of_python_and_numpy_give_a_python_bool(step):
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
 def test_a_torch_tensor_gives_a_boolean_tensor(dtype):
-    """uint8 steps must not wrap around where the warmup is subtracted."""
     due = should_average(torch.arange(20, dtype=dtype), warmup=5, period=4)
     assert due.dtype == torch.bool
     assert due.nonzero().flatten().tolist() == [5, 9, 13, 17]
     assert should_average(torch.tensor(5, dtype=dtype), warmup=5, period=4).shape == ()
+    late = should_average(torch.tensor([0, 50, 250], dtype=dtype), warmup=300, period=1)  # no uint8
+    assert late.tolist() == [False] * 3
 
 
 def test_works_under_vmap():

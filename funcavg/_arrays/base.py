@@ -83,6 +83,9 @@ class Family:
         """Return True if `refuse_donation` need not be asked, leaf by leaf, about what may change between calls."""
         return False
 
+    def written(self, leaves: Sequence[Any]) -> None:
+        """Tell the framework that donated leaves have been written to, behind its back perhaps."""
+
     def as_bytes(self, carrier: Any) -> Any:
         """View the memory of a contiguous carrier on the host as flat NumPy bytes; None if that cannot be."""
         return None
@@ -101,8 +104,15 @@ class Family:
 
 
 def is_expanded(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Say whether several elements share one memory cell."""
-    return 0 not in shape and any(extent > 1 and stride == 0 for extent, stride in zip(shape, strides, strict=True))
+    """Say whether several elements may share one memory cell (in rare layouts that interlock, they do not)."""
+    if 0 in shape:
+        return False
+    reach = 0  # of the dimensions with smaller strides: an element further off lies nowhere among them
+    for stride, extent in sorted((abs(stride), extent) for extent, stride in zip(shape, strides, strict=True)):
+        if extent > 1 and stride <= reach:
+            return True
+        reach += (extent - 1) * stride
+    return False
 
 
 def memory_span(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> tuple[int, int]:

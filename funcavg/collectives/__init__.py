@@ -14,12 +14,12 @@ __all__ = ["Collective", "Solo", "as_collective", "launched_ranks"]
 
 # (variable with the number of ranks, variable that must be there too, who sets them, what to call)
 _TORCH = "torch.distributed.init_process_group()"
-_MPI = "`from mpi4py import MPI` and pass group=MPI.COMM_WORLD"
+_MPI = f"{_TORCH} (this release has no MPI transport yet)"
 LAUNCHERS = [
     ("WORLD_SIZE", "RANK", "torchrun", _TORCH),
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "Open MPI's mpiexec", _MPI),
     ("PMI_SIZE", "PMI_RANK", "MPICH's mpiexec", _MPI),
-    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "srun", f"{_TORCH}, or {_MPI}"),
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "srun", _TORCH),
 ]
 
 
@@ -35,7 +35,8 @@ def as_collective(group: Any = None) -> Collective | None:
     a `Collective`                              its ranks
     ==========================================  ===========================================================
 
-    The same torch group gives the same collective each time. Its ``bytes_sent`` counts what this rank has sent.
+    The same torch group gives the same collective each time. Those of funcavg count what this rank has sent in
+    their attribute ``bytes_sent``.
 
     Raises:
         TypeError: If ``group`` is none of these.
@@ -59,6 +60,8 @@ def as_collective(group: Any = None) -> Collective | None:
     if isinstance(group, type):
         raise TypeError(f"average: group is a class, {group!r}; pass an instance of it")
     if isinstance(group, Collective):
+        if not 0 <= group.rank < group.size:
+            raise ValueError(f"average: group {group!r} has rank {group.rank} of size {group.size}")
         return group
     raise _rejection(group)
 
@@ -76,6 +79,11 @@ def _rejection(group: Any) -> TypeError:
         return TypeError(f"average: group={group!r}: JAX axis names are not supported yet")
     if type(group).__module__.partition(".")[0] == "mpi4py":
         return TypeError(f"average: group={group!r}: mpi4py communicators are not supported yet")
+    missing = [name for name in ("rank", "size", "gather", "exchange", "share") if not hasattr(group, name)]
+    if len(missing) < 3:
+        return TypeError(
+            f"average: group {group!r} of type {type(group).__name__} is no Collective: it lacks {missing}"
+        )
     shown = repr(group)
     return TypeError(
         f"average: group must be None, a torch.distributed ProcessGroup, a 1-D DeviceMesh or a funcavg.Collective, got "

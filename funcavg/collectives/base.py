@@ -30,8 +30,8 @@ class Collective(Protocol):
     Any object with these members can be passed as ``group``. All ranks make the same calls in the same order.
     ``timeout`` is in seconds and bounds the wait for the other ranks; when it passes, or a peer is found dead, the
     verb raises `funcavg.PeerLostError`. A verb may start its transfer and return a function that waits for the end
-    (and raises the same); it returns ``None`` if the transfer is already done. The engine then keeps up to three
-    buckets in flight, and touches a buffer only after its wait.
+    (and raises the same); it returns ``None`` if the transfer is already done. The engine then keeps several
+    buckets on their way, and touches a buffer only after its wait.
 
     docs/transports.md builds one in thirty lines.
     """

@@ -15,6 +15,7 @@ sends and receives are used, in the caller's thread.
 from __future__ import annotations
 
 import itertools
+import re
 import time
 import weakref
 from collections.abc import Iterator
@@ -96,18 +97,26 @@ class TorchCollective:
             gloo.abort()
 
     def _connect(self, timeout: float) -> Any:
-        store: Any = dist.distributed_c10d.PrefixStore("funcavg", self._store)
-        keys = [f"here/{rank}" for rank in range(self.size)]
+        """Meet the other ranks in the store and connect to them."""
         deadline = time.monotonic() + timeout
-        try:
+        with self._translate_errors("for the store", timeout):
+            # A connection of our own: whoever waits in a store keeps everybody else of his process out of it.
+            own = self._store.clone()
+            # Counted per rank, so that a group made anew over an old store does not find the addresses of the last.
+            made = own.add(f"funcavg/made/{self.rank}", 1)
+            store: Any = dist.distributed_c10d.PrefixStore(f"funcavg/{made}", own)
+            keys = [f"here/{rank}" for rank in range(self.size)]
             store.set(keys[self.rank], "1")
-            store.wait(keys, timedelta(seconds=timeout))
-        except RuntimeError as error:  # c10d's DistError and its kin
-            missing = [rank for rank, key in enumerate(keys) if not _is_set(store, key)]
-            raise PeerLostError(
-                f"rank {self.rank} of {self.size} waited {timeout:g} s for rank(s) {', '.join(map(str, missing))}, "
-                f"which never called average on this group."
-            ) from error
+            nap = 1e-3
+            while not store.check(keys):
+                if time.monotonic() > deadline:
+                    missing = ", ".join(str(rank) for rank, key in enumerate(keys) if not store.check([key]))
+                    raise PeerLostError(
+                        f"rank {self.rank} of {self.size} waited {timeout:g} s for rank(s) {missing}, which never "
+                        f"called average on this group."
+                    )
+                time.sleep(nap)
+                nap = min(2 * nap, 0.05)
         left = max(deadline - time.monotonic(), 1.0)
         with self._translate_errors("to connect", left):
             return dist.ProcessGroupGloo(store, self.rank, self.size, timedelta(seconds=left))
@@ -141,9 +150,13 @@ class TorchCollective:
         started = time.monotonic()
         try:
             yield
-        except RuntimeError as error:
+        except PeerLostError:
+            raise
+        except RuntimeError as error:  # torch's own, c10d's DistError among them
             waited = f"{time.monotonic() - started:.1f} s of {timeout:g} s"
-            raise PeerLostError(f"rank {self.rank} of {self.size} waited {what} {waited}: {error}") from error
+            # Gloo begins with a line of its source, and ends with general advice.
+            reason = re.sub(r"^\[\S+\] ", "", str(error)).partition(". This is typically")[0]
+            raise PeerLostError(f"rank {self.rank} of {self.size} waited {what} {waited}: {reason}.") from error
 
     def gather(self, payload: bytes, timeout: float) -> list[bytes]:
         """Send the payload to all and receive theirs."""
@@ -171,13 +184,6 @@ class TorchCollective:
         backends = dict(part.split(":") for part in dist.get_backend_config(group).split(",") if ":" in part)
         route = device_route(backends.get(device_type), "float32", weighted=False)
         return None if route == "host" else DeviceLane(group, self)
-
-
-def _is_set(store: Any, key: str) -> bool:
-    try:
-        return bool(store.check([key]))
-    except RuntimeError:  # the store itself is gone
-        return False
 
 
 def device_route(backend: str | None, element: str, *, weighted: bool) -> str:
