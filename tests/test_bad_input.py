@@ -344,6 +344,10 @@ def test_another_version_of_the_protocol(monkeypatch):
         ([0, 1], r"group must be .*, got \[0, 1\] of type list"),
         ("x" * 3, "group='xxx': JAX axis names are not supported yet"),
         (("a", "b"), r"group=\('a', 'b'\): JAX axis names are not supported yet"),
+        (
+            type("Half", (), {"rank": 0, "size": 1, "gather": None})(),
+            r"group .*Half.* is no Collective: it lacks \['exch",
+        ),
         (Solo, r"group is a class, <class 'funcavg.collectives.solo.Solo'>; pass an instance of it"),
     ],
 )
@@ -362,10 +366,11 @@ def test_what_a_group_may_be_is_told():
 @pytest.mark.parametrize(
     ("timeout", "kind", "text"),
     [
-        (0, ValueError, "a positive, finite number of seconds, got 0"),
-        (-1.5, ValueError, "a positive, finite number of seconds, got -1.5"),
-        (float("nan"), ValueError, "a positive, finite number of seconds, got nan"),
-        (float("inf"), ValueError, "a positive, finite number of seconds, got inf"),
+        (0, ValueError, r"positive and at most 1e\+07 seconds, got 0"),
+        (-1.5, ValueError, r"positive and at most 1e\+07 seconds, got -1.5"),
+        (float("nan"), ValueError, r"positive and at most 1e\+07 seconds, got nan"),
+        (1e9, ValueError, r"positive and at most 1e\+07 seconds, got 1000000000.0"),
+        (float("inf"), ValueError, r"positive and at most 1e\+07 seconds, got inf"),
         ("3", TypeError, "a number of seconds or None, got '3'"),
         (True, TypeError, "a number of seconds or None, got True"),
     ],
