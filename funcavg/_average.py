@@ -133,6 +133,14 @@ def start_average(
     written to until ``handle.wait()`` has returned (as with ``MPI_Iallreduce``). One call at a time can be under way
     on a group. Leaves in a GPU's memory, and groups that cannot be duplicated, are averaged inside ``wait()``.
 
+    Args:
+        params_tree: As for `average`, like all that follows.
+        group: Who takes part.
+        weight: This rank's weight.
+        where: Which leaves are averaged.
+        donate: Let the result be written into the inputs' memory.
+        timeout: Seconds to wait for the other ranks, and for any one bucket.
+
     Returns:
         A `Handle`. One that is dropped without ``wait`` warns.
 

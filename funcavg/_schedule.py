@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from typing import TYPE_CHECKING, Any, SupportsIndex, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
@@ -15,11 +15,9 @@ __all__ = ["check_schedule", "should_average"]
 
 
 @overload
-def should_average(  # type: ignore[overload-overlap]  # a tensor has __index__ too
-    step: torch.Tensor, warmup: int, period: int
-) -> torch.Tensor: ...
+def should_average(step: int | np.integer[Any], warmup: int, period: int) -> bool: ...
 @overload
-def should_average(step: SupportsIndex, warmup: int, period: int) -> bool: ...
+def should_average(step: torch.Tensor, warmup: int, period: int) -> torch.Tensor: ...
 @overload
 def should_average(step: Any, warmup: int, period: int) -> Any: ...
 def should_average(step: Any, warmup: int, period: int) -> Any:

@@ -297,6 +297,14 @@ def _average_parameters(params: Parameters, group: Any) -> None:
         average(tree, group, donate=True)
     except TreeMismatchError as mismatch:
         raise TreeMismatchError(f"{mismatch} A parameter whose grad is None counts as no leaf.") from None
+    except ValueError as refusal:
+        reason = str(refusal).partition("donate=True, but ")[2].partition(" Pass donate=False")[0]
+        if not reason:
+            raise
+        raise ValueError(
+            f"average_parameters: parameters are averaged in their own memory, but {reason} Average one of them, or "
+            f"copies. Nothing was sent and the parameters are unchanged, on every rank."
+        ) from None
     if not chosen:  # on no rank, for they have just agreed
         total = sum(len(item["params"]) if isinstance(item, dict) else 1 for item in items)
         raise ValueError(

@@ -49,6 +49,8 @@ def run_ranks(n: int, fn: Callable[[Collective], T], *, timeout: float = 60.0) -
         raise TypeError(f"run_ranks: n must be an integer, got {n!r} of type {type(n).__name__}")
     if n < 1:
         raise ValueError(f"run_ranks: n must be at least 1, got {n}")
+    if not 0 < timeout <= threading.TIMEOUT_MAX:
+        raise ValueError(f"run_ranks: timeout must be a positive number of seconds, got {timeout!r}")
     meeting = Meeting(n)
     results: dict[int, T] = {}
     failures: list[tuple[int, BaseException]] = []  # in order of time

@@ -1,4 +1,4 @@
-"""With whom: from what a user passes as ``group`` to the `Collective` that moves his bytes."""
+"""With whom: from what a user passes as ``group`` to the `Collective` that moves bytes."""
 
 from __future__ import annotations
 

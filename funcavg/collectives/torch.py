@@ -1,11 +1,11 @@
 """Ranks of a torch.distributed process group.
 
 Host memory goes over a Gloo group of our own, built over the store of the user's group: our traffic never mixes
-with his, whatever his backend is. Rows travel point to point. (Measured on two cores, two ranks, 102 MB: exchange and
+with the group's own, whatever its backend is. Rows travel point to point. (Measured on two cores, two ranks, 102 MB: exchange and
 share by sends and receives take 80 ms, Gloo's own all-reduce 100 ms, its all-to-all and all-gather 125 ms. So there
 is no native all-reduce here, and host leaves keep the tight accuracy bound.)
 
-Accelerator memory goes over the user's NCCL group, in the caller's thread: float32 and float64 by its native average,
+Accelerator memory goes over the group itself if it is NCCL's, in the caller's thread: float32 and float64 by its native average,
 narrower floats by exchange, because a ring would round them at every hop.
 
 A process group that torch does not know (torchft's, for one) has no store and cannot be duplicated. Then its own
@@ -100,7 +100,7 @@ class TorchCollective:
         """Meet the other ranks in the store and connect to them."""
         deadline = time.monotonic() + timeout
         with self._translate_errors("for the store", timeout):
-            # A connection of our own: whoever waits in a store keeps everybody else of his process out of it.
+            # A connection of our own: whoever waits in a store keeps the rest of the process out of it.
             own = self._store.clone()
             # Counted per rank, so that a group made anew over an old store does not find the addresses of the last.
             made = own.add(f"funcavg/made/{self.rank}", 1)
