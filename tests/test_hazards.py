@@ -38,7 +38,9 @@ def many_groups_at_once(rank, port):
     if rank == 1:
         time.sleep(0.5)
     dist.new_group([0, 1])  # uses the store while rank 0's thread waits there
-    return [*results, handle.wait()]
+    results.append(handle.wait())
+    dist.barrier()  # rank 0 holds the store, and must not go before the others have done with it
+    return results
 
 
 def test_groups_that_are_first_used_together():
