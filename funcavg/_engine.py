@@ -78,8 +78,6 @@ def _finish(request: Request, leaves: Sequence[Any], results: Sequence[Any], tie
         if i not in ties:
             finished[i] = layout.families[i].finish(leaves[i], results[i])
     if request.donate:
-        for family, members in layout.members.items():
-            family.written([leaves[i] for i in members])
         return [
             leaf if family.mutable else finished[i]
             for i, (leaf, family) in enumerate(zip(leaves, layout.families, strict=True))
@@ -228,3 +226,6 @@ def _pump(
             done = sharing.popleft().arrived()
             if done.target is done.bucket.mine:
                 done.bucket.unpack(results)
+            elif done.bucket.own is not None:
+                family, leaf, *_ = done.bucket.own
+                family.written(results[leaf])

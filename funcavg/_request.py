@@ -155,8 +155,12 @@ def _layout_of(everything: Sequence[Any], spec: optree.PyTreeSpec, only: frozens
     parts: list[Hashable] = [spec, types, only]
     try:
         for family in dict.fromkeys(by_type.values()):
-            chosen = [i for i, other in enumerate(families) if other is family and (only is None or i in only)]
-            parts.append(family.signature([everything[i] for i in chosen]))
+            if only is None and len(by_type) == 1:
+                chosen = everything
+            else:
+                members = (i for i, other in enumerate(families) if other is family and (only is None or i in only))
+                chosen = [everything[i] for i in members]
+            parts.append(family.signature(chosen))
     except Exception:  # a leaf that cannot even say its shape: found again below, and named
         return _describe_all(everything, families, spec, only)
     key = tuple(parts)
@@ -226,6 +230,9 @@ def _find_ties(layout: Layout, leaves: Sequence[Any], addresses: Sequence[int]) 
 
 def _addresses(layout: Layout, leaves: Sequence[Any]) -> list[int]:
     """Return where each leaf's memory begins; something unique where there is none."""
+    if len(layout.members) == 1:
+        (family,) = layout.members
+        return [address or -id(leaf) for address, leaf in zip(family.addresses(leaves), leaves, strict=True)]
     addresses: list[int] = [0] * len(leaves)
     for family, members in layout.members.items():
         found = family.addresses([leaves[i] for i in members])

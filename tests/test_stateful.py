@@ -562,7 +562,10 @@ def test_parameters_that_overlap_are_refused_by_all_ranks():
     def fn(group):
         memory = torch.full((5,), float(group.rank))
         averager = OURS(2, process_group=group)
-        with pytest.raises(ValueError, match="average_parameters: .* in their own memory, but params_tree.0. and params_tree.1. overlap"):
+        with pytest.raises(
+            ValueError,
+            match="average_parameters: .* in their own memory, but params_tree.0. and params_tree.1. overlap",
+        ):
             averager.average_parameters(parameters(memory[:3], memory[2:]))
         return averager.step, memory.unique().tolist()
 

@@ -83,8 +83,8 @@ class Family:
         """Return True if `refuse_donation` need not be asked, leaf by leaf, about what may change between calls."""
         return False
 
-    def written(self, leaves: Sequence[Any]) -> None:
-        """Tell the framework that donated leaves have been written to, behind its back perhaps."""
+    def written(self, carrier: Any) -> None:
+        """Tell the framework that bytes of a carrier have been written to behind its back."""
 
     def as_bytes(self, carrier: Any) -> Any:
         """View the memory of a contiguous carrier on the host as flat NumPy bytes; None if that cannot be."""

@@ -94,9 +94,10 @@ class Tensors(Family):
             return False
         return not any(map(torch.Tensor.is_inference, leaves))
 
-    def written(self, leaves: Sequence[Any]) -> None:
-        # Else a backward pass that has saved such a leaf would take its new values for the old ones.
-        torch.autograd.graph.increment_version([leaf for leaf in leaves if not leaf.is_inference()])
+    def written(self, carrier: Any) -> None:
+        # Else a backward pass that has saved a donated leaf would take its new values for the old ones.
+        if not carrier.is_inference():
+            torch.autograd.graph.increment_version(carrier)
 
     def as_bytes(self, carrier: Any) -> Any:
         if carrier.device.type != "cpu" or not carrier.is_contiguous() or carrier.is_neg():
@@ -178,9 +179,6 @@ class DTensors(Tensors):
 
     def all_donatable(self, leaves: Sequence[Any]) -> bool:
         return False
-
-    def written(self, leaves: Sequence[Any]) -> None:
-        _LOCAL.written([leaf._local_tensor for leaf in leaves])
 
     def refuse_donation(self, leaf: Any) -> str | None:
         if leaf.requires_grad and torch.is_grad_enabled():
