@@ -76,6 +76,7 @@ def _worker(rank: int, size: int, folder: str, sender: Any, fn: Callable[..., An
 
             torch.set_num_threads(1)
             dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+            dist.barrier()  # a rank that is done and gone before the others have connected to it would fail them
             outcome = fn(rank, *args), None
         except BaseException:
             outcome = None, traceback.format_exc()

@@ -1,9 +1,9 @@
 """Ranks of a torch.distributed process group.
 
 Host memory goes over a Gloo group of our own, built over the store of the user's group: our traffic never mixes with
-the group's own, whatever its backend is. Rows travel point to point. (Measured on two cores, two ranks, 102 MB: exchange
-and share by sends and receives take 80 ms, Gloo's own all-reduce 100 ms, its all-to-all and all-gather 125 ms. So there
-is no native all-reduce here, and host leaves keep the tight accuracy bound.)
+the group's own, whatever its backend is. Rows travel point to point. (Measured on two cores, two ranks, 102 MB:
+exchange and share by sends and receives take 80 ms, Gloo's own all-reduce 100 ms, its all-to-all and all-gather 125 ms.
+So there is no native all-reduce here, and host leaves keep the tight accuracy bound.)
 
 Accelerator memory goes over the group itself if it is NCCL's, in the caller's thread: float32 and float64 by its native
 average, narrower floats by exchange, because a ring would round them at every hop.
