@@ -59,6 +59,7 @@ class _Part(NamedTuple):
     family: Family
     pieces: list[tuple[int, Index | None]]  # which leaf, and which block of it (None: all of it)
     windows: list[Any]  # where they lie in the bucket
+    run: list[Any]  # all of the bucket as one window, if it holds nothing but vectors of this family; else empty
 
     def select(self, carriers: Sequence[Any]) -> list[Any]:
         return [carriers[leaf] if index is None else carriers[leaf][index] for leaf, index in self.pieces]
@@ -85,7 +86,10 @@ class Bucket(NamedTuple):
     def pack(self, carriers: Sequence[Any]) -> None:
         """Copy pieces of the leaves into `mine`."""
         for part in self.parts:
-            part.family.copy(part.windows, part.select(carriers))
+            if part.run:
+                part.family.concatenate(part.select(carriers), part.run[0])
+            else:
+                part.family.copy(part.windows, part.select(carriers))
         if len(self.padding):
             self.padding[...] = 0
 
@@ -146,7 +150,7 @@ def _bucket(element: str, ranges: Sequence[tuple[_Row, int, int]], size: int, pa
     parts: dict[Family, _Part] = {}
     begin = 0
     for (number, family, leaf), start, stop in ranges:
-        part = parts.setdefault(family, _Part(family, [], []))
+        part = parts.setdefault(family, _Part(family, [], [], []))
         whole = stop - start == math.prod(leaf.shape)
         blocks: list[tuple[Index | None, tuple[int, ...]]] = (
             [(None, leaf.shape)] if whole else [*cut(leaf.shape, start, stop)]
@@ -156,6 +160,9 @@ def _bucket(element: str, ranges: Sequence[tuple[_Row, int, int]], size: int, pa
             part.pieces.append((number, index))
             part.windows.append(family.window(mine[begin:end], leaf.native, shape))
             begin = end
+    if len(parts) == 1 and all(len(leaf.shape) == 1 and not leaf.device for (_, _, leaf), _, _ in ranges):
+        (part,) = parts.values()
+        part.run.append(part.family.window(mine[:begin], ranges[0][0][2].native, (count,)))
     own = None
     if len(ranges) == 1 and count % size == 0:
         (number, family, _), start, stop = ranges[0]

@@ -36,7 +36,9 @@ def is_transformed(everything: Sequence[Any]) -> bool:
         return False
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return any(isinstance(leaf, torch.Tensor) for leaf in everything)
-    return torch.is_grad_enabled() and any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in everything)
+    if not torch.is_grad_enabled():
+        return False
+    return any([leaf.requires_grad for leaf in everything if isinstance(leaf, torch.Tensor)])
 
 
 def average_differentiably(

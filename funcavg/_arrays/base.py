@@ -94,6 +94,10 @@ class Family:
         """View flat bytes of a bucket as an array."""
         raise NotImplementedError
 
+    def concatenate(self, sources: list[Any], target: Any) -> None:
+        """Copy vectors on the host into one: faster than one by one, and small leaves mostly are vectors."""
+        raise NotImplementedError
+
     def copy(self, targets: list[Any], sources: list[Any]) -> None:
         """Copy arrays, one by one."""
         raise NotImplementedError

@@ -70,6 +70,9 @@ class NumpyArrays(Family):
             memory = memory.numpy()
         return memory.view(native).reshape(shape)
 
+    def concatenate(self, sources: list[Any], target: Any) -> None:
+        np.concatenate(sources, out=target)
+
     def copy(self, targets: list[Any], sources: list[Any]) -> None:
         for target, source in zip(targets, sources, strict=True):
             target[...] = source

@@ -110,6 +110,9 @@ class Tensors(Family):
             flat = torch.from_numpy(memory) if isinstance(memory, np.ndarray) else memory
             return flat.view(native).view(shape)
 
+    def concatenate(self, sources: list[Any], target: Any) -> None:
+        torch.cat(sources, out=target)
+
     def copy(self, targets: list[Any], sources: list[Any]) -> None:
         if len(targets) == 1:
             targets[0].copy_(sources[0])
