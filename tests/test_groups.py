@@ -181,3 +181,22 @@ def test_a_failure_alone_spends_nothing():
         average({"w": 1.0}, where=interrupted)
     handles = [start_average({"w": float(i)}) for i in range(3)]
     assert [handle.wait() for handle in handles] == [{"w": 0.0}, {"w": 1.0}, {"w": 2.0}]
+
+
+def shard_and_dtensor(rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = init_device_mesh("cpu", (2,))
+    local = torch.full((3,), float(rank))
+    tree = {"d": DTensor.from_local(local, mesh, [Replicate()], run_check=False), "t": local}
+    result = average(tree, mesh)
+    return [
+        (type(result[key]).__name__, local.tolist())
+        for key, local in (("d", result["d"].to_local()), ("t", result["t"]))
+    ]
+
+
+def test_a_dtensor_and_its_own_shard_are_not_ties():
+    expected = [("DTensor", [0.5] * 3), ("Tensor", [0.5] * 3)]
+    assert run_processes(2, shard_and_dtensor) == [expected, expected]

@@ -169,7 +169,8 @@ class DTensors(Tensors):
         return _LOCAL.addresses([leaf._local_tensor for leaf in leaves])
 
     def geometry(self, leaf: Any) -> Hashable:
-        return _LOCAL.geometry(leaf._local_tensor)
+        # Not a plain tensor's: a DTensor and its own local shard in one tree must each come back as what they are.
+        return DTensors, leaf.shape, leaf.placements, _LOCAL.geometry(leaf._local_tensor)
 
     def span(self, leaf: Any) -> tuple[int, int]:
         return _LOCAL.span(leaf._local_tensor)
