@@ -38,8 +38,8 @@ def average(
             tensors, NumPy arrays and numbers of floating and complex dtypes are averaged, ``ml_dtypes`` included.
             Bools, integers and ``None`` pass through: the same object comes back. All ranks pass the same paths,
             shapes and dtypes.
-        group: Who takes part: ``None``, a torch ``ProcessGroup`` or 1-D ``DeviceMesh``, or a `Collective`; see
-            `funcavg.collectives.as_collective`. A rank outside of the group gets its very tree back.
+        group: Who takes part: ``None``, a torch ``ProcessGroup`` or 1-D ``DeviceMesh``, an mpi4py communicator, or a
+            `Collective`; see `funcavg.collectives.as_collective`. A rank outside of the group gets its very tree back.
         weight: This rank's weight, a finite number at least 0; ``None`` on all ranks for the plain mean. Values of
             a rank with weight 0 are never read.
         where: Called with the path of each leaf, a tuple of keys and positions; leaves that it refuses pass through
@@ -70,11 +70,14 @@ def average(
 
     Communication:
         One gather of 48 bytes per rank, then, with :math:`B` the bytes of all averaged leaves, :math:`N` ranks send
-        :math:`2 B (N-1) / N` each, in buckets of at most 16 MiB.
+        :math:`2 B (N-1) / N` each, in buckets of at most 16 MiB. Ranks of one host do so through shared memory
+        (unless ``FUNCAVG_NODE=off``), and one of them for each shard sends on to the other hosts. The first call on a
+        group gathers three times more, to find out who shares memory.
 
     Accuracy:
         :math:`|\text{result} - \text{mean}| \le \tfrac12 \mathrm{ulp} + N u\, \mathrm{mean}|x_i|` with
-        :math:`u = 2^{-53}`; on NCCL, float32 is summed in float32, :math:`u = 2^{-24}`.
+        :math:`u = 2^{-53}`; :math:`u = 2^{-24}` on NCCL, which sums float32 in float32, and where means of several
+        hosts' ranks cross between them.
 
     Example:
         >>> import numpy as np

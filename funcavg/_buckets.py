@@ -1,8 +1,9 @@
 """Leaves cut, packed and unpacked: how a tree becomes a stream of buckets, and back.
 
-A bucket holds consecutive elements of one dtype, cut into one shard per rank. Its memory is a slot: `mine` (what
-this rank sends, and in the end the mean) and `theirs` (what arrives), each of ``size`` rows of equal length. There are
-enough slots for `AHEAD` buckets to be exchanged and as many to be shared while one is packed.
+A bucket holds consecutive elements of one dtype, cut into rows of equal length, one per rank. Its memory is a slot:
+`mine` (what this rank gives), `theirs` (what it reads of others), and `landing`, where the mean appears. Over a
+transport's verbs `landing` is `mine`, and there are enough slots for `AHEAD` buckets to be exchanged and as many to be
+shared while one is packed. On a node all three lie in shared memory.
 
 A large leaf has buckets of its own. Where it is contiguous, it is sent from and received into its own memory, and
 nothing is packed. Small leaves, and what is left of large ones when the shards are equal, share buckets.
@@ -14,13 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from funcavg._arrays import Family, Leaf
 
-__all__ = ["AHEAD", "Bucket", "Slots", "bucket_bytes", "cut", "host_memory", "make_plan"]
+__all__ = ["AHEAD", "Bucket", "Lender", "Slots", "bucket_bytes", "cut", "host_memory", "make_plan"]
 
 LARGE = 1 << 20  # bytes
 AHEAD = 4  # measured over Gloo, two ranks: 1.1 to 1.2 times faster than 1, no slower than more
@@ -34,6 +35,14 @@ def bucket_bytes(size: int) -> int:
     return min(max(4 << 20, size * (64 << 10)), 16 << 20)
 
 
+class Lender(Protocol):
+    """Whoever has memory for buckets."""
+
+    def lend(self, number: int, rows: int, nbytes: int) -> tuple[Any, Any, Any]:
+        """Return `mine`, `theirs` and `landing` for a plan's bucket of that number."""
+        ...
+
+
 class Slots:
     """The memory of buckets in flight, made when first needed and kept for later calls.
 
@@ -44,13 +53,13 @@ class Slots:
         self._allocate, self._nbytes = allocate, nbytes
         self._pairs: list[Any] = [None] * SLOTS
 
-    def pair(self, number: int) -> tuple[Any, Any]:
-        """Return `mine` and `theirs` of a slot."""
+    def lend(self, number: int, rows: int, nbytes: int) -> tuple[Any, Any, Any]:
+        """Return `mine`, `theirs` and `landing` of a slot, which is `mine`: so many rows of ``nbytes``."""
         slot = number % SLOTS
         if self._pairs[slot] is None:
             self._pairs[slot] = self._allocate(self._nbytes), self._allocate(self._nbytes)
-        mine, theirs = self._pairs[slot]
-        return mine, theirs
+        mine, theirs = (memory[: rows * nbytes].reshape(rows, nbytes) for memory in self._pairs[slot])
+        return mine, theirs, mine
 
 
 class _Part(NamedTuple):
@@ -58,7 +67,8 @@ class _Part(NamedTuple):
 
     family: Family
     pieces: list[tuple[int, Index | None]]  # which leaf, and which block of it (None: all of it)
-    windows: list[Any]  # where they lie in the bucket
+    windows: list[Any]  # where they lie in `mine`
+    landings: list[Any]  # and in `landing`
     run: list[Any]  # all of the bucket as one window, if it holds nothing but vectors of this family; else empty
 
     def select(self, carriers: Sequence[Any]) -> list[Any]:
@@ -68,9 +78,12 @@ class _Part(NamedTuple):
 class Bucket(NamedTuple):
     """One unit that is packed and moved."""
 
+    number: int  # in its plan
     element: str  # dtype
-    mine: Any  # bytes, (size, shard bytes)
-    theirs: Any  # bytes, (size, shard bytes)
+    itemsize: int  # bytes
+    mine: Any  # bytes, (rows, row bytes)
+    theirs: Any  # of other ranks: the same, of which each row came from another; on a node, everyone's `mine`
+    landing: Any  # as `mine`
     padding: Any  # the bytes behind the last element, which no leaf fills
     parts: list[_Part]
     own: tuple[Family, int, int, int] | None  # all of it is bytes m to n of one leaf: (family, leaf, m, n)
@@ -94,13 +107,16 @@ class Bucket(NamedTuple):
             self.padding[...] = 0
 
     def unpack(self, carriers: Sequence[Any]) -> None:
-        """Copy `mine`, now the mean, into pieces of the results."""
+        """Copy `landing`, now the mean, into pieces of the results."""
         for part in self.parts:
-            part.family.copy(part.select(carriers), part.windows)
+            part.family.copy(part.select(carriers), part.landings)
 
 
-def make_plan(leaves: Sequence[_Row], size: int, slots: Slots, limit: int) -> list[Bucket]:
-    """Assign the elements of all leaves, (number, family, leaf) each, to buckets of at most ``limit`` bytes."""
+def make_plan(leaves: Sequence[_Row], size: int, slots: Lender, limit: int) -> list[Bucket]:
+    """Assign the elements of all leaves, (number, family, leaf) each, to buckets of ``size`` rows.
+
+    ``limit`` is the most bytes that a bucket holds.
+    """
     by_element: dict[str | None, list[_Row]] = {}
     for row in leaves:
         by_element.setdefault(row[2].element, []).append(row)
@@ -116,11 +132,11 @@ def make_plan(leaves: Sequence[_Row], size: int, slots: Slots, limit: int) -> li
                 buckets = -(-count // capacity)
                 each = count // buckets // size * size
                 for done in range(each, (buckets + 1) * each, each):
-                    plan.append(_bucket(str(element), [(row, done - each, done)], size, slots.pair(len(plan))))
+                    plan.append(_bucket(str(element), [(row, done - each, done)], size, slots, len(plan)))
             if done < count:
                 ranges.append((row, done, count))
         for group in _fill(ranges, capacity):
-            plan.append(_bucket(str(element), group, size, slots.pair(len(plan))))
+            plan.append(_bucket(str(element), group, size, slots, len(plan)))
     return plan
 
 
@@ -142,15 +158,16 @@ def _fill(ranges: Sequence[tuple[_Row, int, int]], capacity: int) -> Iterator[li
         yield group
 
 
-def _bucket(element: str, ranges: Sequence[tuple[_Row, int, int]], size: int, pair: tuple[Any, Any]) -> Bucket:
+def _bucket(element: str, ranges: Sequence[tuple[_Row, int, int]], size: int, slots: Lender, position: int) -> Bucket:
     itemsize = ranges[0][0][2].native.itemsize
     count = sum(stop - start for _, start, stop in ranges)
     shard = -(-count // size) * itemsize
-    mine, theirs = (memory[: shard * size] for memory in pair)
+    mine, theirs, landing = slots.lend(position, size, shard)
+    given, taken = mine.reshape(-1), landing.reshape(-1)
     parts: dict[Family, _Part] = {}
     begin = 0
     for (number, family, leaf), start, stop in ranges:
-        part = parts.setdefault(family, _Part(family, [], [], []))
+        part = parts.setdefault(family, _Part(family, [], [], [], []))
         whole = stop - start == math.prod(leaf.shape)
         blocks: list[tuple[Index | None, tuple[int, ...]]] = (
             [(None, leaf.shape)] if whole else [*cut(leaf.shape, start, stop)]
@@ -158,17 +175,19 @@ def _bucket(element: str, ranges: Sequence[tuple[_Row, int, int]], size: int, pa
         for index, shape in blocks:
             end = begin + math.prod(shape) * itemsize
             part.pieces.append((number, index))
-            part.windows.append(family.window(mine[begin:end], leaf.native, shape))
+            part.windows.append(family.window(given[begin:end], leaf.native, shape))
+            part.landings.append(
+                part.windows[-1] if landing is mine else family.window(taken[begin:end], leaf.native, shape)
+            )
             begin = end
     if len(parts) == 1 and all(len(leaf.shape) == 1 and not leaf.device for (_, _, leaf), _, _ in ranges):
         (part,) = parts.values()
-        part.run.append(part.family.window(mine[:begin], ranges[0][0][2].native, (count,)))
+        part.run.append(part.family.window(given[:begin], ranges[0][0][2].native, (count,)))
     own = None
     if len(ranges) == 1 and count % size == 0:
         (number, family, _), start, stop = ranges[0]
         own = family, number, start * itemsize, stop * itemsize
-    rows = (size, shard)
-    return Bucket(element, mine.reshape(rows), theirs.reshape(rows), mine[begin:], list(parts.values()), own)
+    return Bucket(position, element, itemsize, mine, theirs, landing, given[begin:], list(parts.values()), own)
 
 
 def cut(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[Index, tuple[int, ...]]]:

@@ -1,28 +1,19 @@
-"""The engine: agree, then move a request's leaves through buckets.
-
-Buckets are kept on their way, so that bytes travel while this rank packs, averages and unpacks. Drawn for one bucket
-ahead (`AHEAD` is more)::
-
-    bucket k+1    pack    exchange ─────────────►
-    bucket k              ────► exchanged    mean    share ─────────────►
-    bucket k-1                                       ────► shared    unpack
-"""
+"""The engine: agree, then move a request's leaves through buckets, by the lanes that they need."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 from funcavg._agree import Agreement, agree
-from funcavg._buckets import AHEAD, Bucket, make_plan
+from funcavg._buckets import Bucket, Lender, make_plan
 from funcavg._errors import PeerLostError
-from funcavg._mean import mean_into, tensor_mean_into
+from funcavg._lanes import DeviceLane, Lane
+from funcavg._node_lane import NodeLane, NodeSlots
 from funcavg._request import Request
 from funcavg._session import Session
-from funcavg.collectives.base import Collective, Pending
+from funcavg.collectives.base import Collective
 
 __all__ = ["carry_out", "move", "reach_agreement"]
 
@@ -36,7 +27,7 @@ def carry_out(request: Request, collective: Collective, session: Session, timeou
 def reach_agreement(request: Request, collective: Collective, session: Session, timeout: float) -> Agreement:
     """Let all ranks agree about their requests, or raise the same error on each of them."""
     with _spending(session, collective):
-        outcome = agree(collective, request.claim, timeout)
+        outcome = agree(collective, request.claim, timeout, session.gather)
     if isinstance(outcome, Exception):  # every rank raises it, so the group stays usable
         raise outcome
     return outcome
@@ -64,8 +55,8 @@ def move(request: Request, agreement: Agreement, collective: Collective, session
         else:
             # Results are private until they are returned. Donated memory is not: it must not change after an error.
             land_in_results = not request.donate or getattr(collective, "stops_on_error", False)
-            for lane in _lanes(request, agreement, collective, session):
-                _pump(lane, carriers, results, agreement.weights, timeout, land_in_results)
+            for lane in _lanes(request, agreement, collective, session, timeout):
+                lane.carry(carriers, results, agreement.weights, timeout, land_in_results=land_in_results)
     return _finish(request, leaves, results, ties)
 
 
@@ -101,131 +92,43 @@ def _spending(session: Session, collective: Collective) -> Iterator[None]:
             collective.abort()
         if isinstance(error, PeerLostError):
             cure = "The group is spent: make a new one, and start from one rank's parameters or a checkpoint."
-            raise PeerLostError(f"average: {error} {cure}") from error
+            words = ["average:", str(error), cure, getattr(collective, "advice", "")]
+            raise PeerLostError(" ".join(filter(None, words))) from error
         raise
 
 
-class _Lane:
-    """A plan of buckets, and the verbs that move them: through host memory, over any transport."""
-
-    def __init__(self, plan: Sequence[Bucket], collective: Any, rank: int) -> None:
-        self.plan, self.collective, self.rank = plan, collective, rank
-
-    def start(self, bucket: Bucket, source: Any, timeout: float) -> Pending | None:
-        """Send every rank its shard."""
-        pending: Pending | None = self.collective.exchange(source, bucket.theirs, timeout)
-        return pending
-
-    def reduce(self, bucket: Bucket, source: Any, target: Any, weights: Sequence[float] | None) -> None:
-        """Average this rank's shard."""
-        rows = [source[rank] if rank == self.rank else bucket.theirs[rank] for rank in range(len(source))]
-        mean_into(target[self.rank], rows, weights, bucket.element)
-
-    def finish(self, bucket: Bucket, target: Any, timeout: float) -> Pending | None:
-        """Send this rank's shard to everyone."""
-        pending: Pending | None = self.collective.share(target, timeout)
-        return pending
-
-
-class _DeviceLane(_Lane):
-    """The same in an accelerator's memory, where the backend may average by itself."""
-
-    def __init__(self, plan: Sequence[Bucket], collective: Any, rank: int, natively: frozenset[str]) -> None:
-        super().__init__(plan, collective, rank)
-        self.natively = natively  # dtypes
-
-    def start(self, bucket: Bucket, source: Any, timeout: float) -> Pending | None:
-        if bucket.element not in self.natively:
-            return super().start(bucket, source, timeout)
-        pending: Pending | None = self.collective.average(self.typed(source, bucket), timeout)
-        return pending
-
-    def reduce(self, bucket: Bucket, source: Any, target: Any, weights: Sequence[float] | None) -> None:
-        if bucket.element not in self.natively:
-            rows = [source[rank] if rank == self.rank else bucket.theirs[rank] for rank in range(len(source))]
-            tensor_mean_into(self.typed(target[self.rank], bucket), [self.typed(row, bucket) for row in rows], weights)
-
-    def finish(self, bucket: Bucket, target: Any, timeout: float) -> Pending | None:
-        return None if bucket.element in self.natively else super().finish(bucket, target, timeout)
-
-    @staticmethod
-    def typed(memory: Any, bucket: Bucket) -> Any:
-        import torch
-
-        return memory.view(getattr(torch, bucket.element))
-
-
-def _lanes(request: Request, agreement: Agreement, collective: Collective, session: Session) -> Iterator[_Lane]:
+def _lanes(
+    request: Request, agreement: Agreement, collective: Collective, session: Session, timeout: float
+) -> Iterator[Lane | NodeLane]:
     """Yield the lanes that a request needs: leaves on an accelerator first, if the transport has a way for them."""
     layout = request.layout
     assert layout is not None
     ties = request.ties if agreement.same_layout else {}
     kept = [i for i in range(len(layout.leaves)) if i not in ties]
     on_device = [i for i in kept if layout.leaves[i].device]
+
+    def plan(numbers: list[int], place: str, rows: int, limit: int, slots: Lender) -> list[Bucket]:
+        key = layout, None if len(numbers) == len(layout.leaves) else tuple(numbers), place
+
+        def make() -> list[Bucket]:
+            return make_plan([(i, layout.families[i], layout.leaves[i]) for i in numbers], rows, slots, limit)
+
+        return session.remember(key, make)
+
     if on_device and agreement.same_layout and layout.devices and hasattr(collective, "device_lane"):
         (device,) = layout.devices
         verbs = collective.device_lane(device.partition(":")[0])
         if verbs is not None:
-            plan = _plan(request, tuple(on_device), device, collective.size, session)
+            buckets = plan(on_device, device, collective.size, session.bucket_bytes, session.slots(device))
             natively = verbs.averages_natively(weighted=agreement.weights is not None)
-            yield _DeviceLane(plan, verbs, collective.rank, natively)
+            yield DeviceLane(buckets, verbs, collective.rank, natively)
             kept = [i for i in kept if not layout.leaves[i].device]
-    yield _Lane(_plan(request, tuple(kept), "cpu", collective.size, session), collective, collective.rank)
-
-
-def _plan(request: Request, kept: tuple[int, ...], memory: str, size: int, session: Session) -> list[Bucket]:
-    layout = request.layout
-    assert layout is not None
-
-    def make() -> list[Bucket]:
-        rows = [(i, layout.families[i], layout.leaves[i]) for i in kept]
-        return make_plan(rows, size, session.slots(memory), session.bucket_bytes)
-
-    return session.remember((layout, kept if len(kept) < len(layout.leaves) else None, memory), make)
-
-
-class _Transit(NamedTuple):
-    """A bucket on its way."""
-
-    bucket: Bucket
-    source: Any  # rows that are sent
-    target: Any  # rows that the mean goes into
-    wait: Pending | None
-
-    def arrived(self) -> _Transit:
-        if self.wait is not None:
-            self.wait()
-        return self
-
-
-def _pump(
-    lane: _Lane,
-    carriers: Sequence[Any],
-    results: Sequence[Any],
-    weights: Sequence[float] | None,
-    timeout: float,
-    land_in_results: bool,
-) -> None:
-    """Move all buckets of a lane. Large leaves are sent from, and their means received in, their own memory."""
-    exchanging: deque[_Transit] = deque()
-    sharing: deque[_Transit] = deque()
-    for bucket in chain(lane.plan, [None] * (2 * AHEAD)):  # the last rounds empty the pipeline
-        if bucket is not None:
-            source = bucket.rows_in(carriers)
-            target = bucket.rows_in(results) if land_in_results else None
-            if source is None:
-                bucket.pack(carriers)
-                source = bucket.mine
-            pending = lane.start(bucket, source, timeout)
-            exchanging.append(_Transit(bucket, source, bucket.mine if target is None else target, pending))
-        if len(exchanging) > AHEAD or (bucket is None and exchanging):
-            ready, source, target, _ = exchanging.popleft().arrived()
-            lane.reduce(ready, source, target, weights)
-            sharing.append(_Transit(ready, source, target, lane.finish(ready, target, timeout)))
-        if len(sharing) > AHEAD or (not exchanging and sharing):
-            done = sharing.popleft().arrived()
-            if done.target is done.bucket.mine:
-                done.bucket.unpack(results)
-            elif done.bucket.own is not None:
-                family, leaf, *_ = done.bucket.own
-                family.written(results[leaf])
+    if not kept:
+        return
+    node = session.node(collective, timeout)
+    if node is not None:
+        buckets = plan(kept, f"node {node.sequence & 1}", node.rows, node.slot_bytes, NodeSlots(node))
+        yield NodeLane(buckets, node, collective, session.crossing(node))
+    else:
+        buckets = plan(kept, "cpu", collective.size, session.bucket_bytes, session.slots("cpu"))
+        yield Lane(buckets, collective, collective.rank)

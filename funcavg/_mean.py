@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["mean_into", "tensor_mean_into"]
+__all__ = ["mean_into", "tensor_mean_into", "wide"]
 
 BLOCK = 32 * 1024  # elements: the float64 sums of a block take 256 KiB
 
@@ -25,49 +25,64 @@ Bytes = npt.NDArray[np.uint8]
 NATIVE = {"float16": np.float16, "float32": np.float32, "float64": np.float64, "longdouble": np.longdouble}
 
 
-def mean_into(out: Bytes, shards: Sequence[Bytes], weights: Sequence[float] | None, element: str) -> None:
-    """Write the (weighted) mean of equally long ``shards`` into ``out``; all are flat bytes of dtype ``element``.
+def wide(element: str) -> str:
+    """Return the dtype in which means of some ranks are handed on, to be averaged again and rounded once."""
+    return element if element in ("float64", "longdouble") else "float32"
 
-    ``out`` may be one of the shards. A shard of weight 0 is never read, NaN included.
+
+def mean_into(
+    out: Bytes, shards: Sequence[Bytes], weights: Sequence[float] | None, element: str, into: str = ""
+) -> None:
+    """Write the (weighted) mean of equally long ``shards`` into ``out``.
+
+    All are flat bytes: shards of dtype ``element``, ``out`` of dtype ``into``, which is the same unless said; of
+    several dtypes one is `wide` of the other. ``out`` may be one of the shards if it is of their dtype. A shard of
+    weight 0 is never read, NaN included.
     """
+    into = into or element
     if weights is not None:
         top = max(weights)  # scaled by it, neither the sum of weights nor a product can overflow
         shards = [shard for shard, weight in zip(shards, weights, strict=True) if weight]
         scales = [weight / top for weight in weights if weight]
         weights = None if all(scale == 1.0 for scale in scales) else scales
-    if element in NATIVE and (element != "float16" or "torch" not in sys.modules):
+    narrow = into if element == "float32" else element
+    if narrow in NATIVE and (narrow != "float16" or "torch" not in sys.modules):
         arrays = [shard.view(NATIVE[element]) for shard in shards]
-        scratch = np.empty(min(BLOCK, arrays[0].size), NATIVE[element])
+        result = out.view(NATIVE[into])
+        length = 4 * BLOCK if len(arrays) == 2 else BLOCK  # two shards need no float64 sums
+        scratch = np.empty(min(length, result.size), NATIVE[into])
         with np.errstate(all="ignore"):
-            for block in _blocks(arrays[0].size):
-                _mean_native(out.view(NATIVE[element])[block], [a[block] for a in arrays], weights, scratch)
-    elif (torch_dtype := getattr(sys.modules.get("torch"), element, None)) is not None:
+            for block in _blocks(result.size, length):
+                _mean_native(result[block], [a[block] for a in arrays], weights, scratch)
+    elif hasattr(sys.modules.get("torch"), narrow):
         import torch
 
-        tensors = [torch.from_numpy(shard).view(torch_dtype) for shard in shards]
-        result = torch.from_numpy(out).view(torch_dtype)
-        for block in _blocks(tensors[0].numel()):
-            tensor_mean_into(result[block], [t[block] for t in tensors], weights)
+        tensors = [torch.from_numpy(shard).view(getattr(torch, element)) for shard in shards]
+        target = torch.from_numpy(out).view(getattr(torch, into))
+        for block in _blocks(target.numel()):
+            tensor_mean_into(target[block], [t[block] for t in tensors], weights)
     else:
         import ml_dtypes  # a leaf of this dtype came from there
 
-        dtype = np.dtype(getattr(ml_dtypes, element))
-        arrays = [shard.view(dtype) for shard in shards]
+        arrays = [shard.view(np.dtype(getattr(ml_dtypes, element, element))) for shard in shards]
+        result = out.view(np.dtype(getattr(ml_dtypes, into, into)))
         with np.errstate(all="ignore"):
-            for block in _blocks(arrays[0].size):
-                wide = [a[block].astype(np.float32) for a in arrays]
-                total = _wide_mean(wide, weights, np.float64)
-                out.view(dtype)[block] = _round_to_odd(total.view(np.int64)).view(np.float64).astype(np.float32)
+            for block in _blocks(result.size):
+                total = _wide_mean([a[block].astype(np.float32) for a in arrays], weights, np.float64)
+                if into != "float32":
+                    total = _round_to_odd(total.view(np.int64)).view(np.float64)
+                result[block] = total.astype(np.float32)
 
 
-def _blocks(size: int) -> list[slice]:
-    return [slice(start, start + BLOCK) for start in range(0, size, BLOCK)]
+def _blocks(size: int, length: int = 0) -> list[slice]:
+    length = length or BLOCK
+    return [slice(start, start + length) for start in range(0, size, length)]
 
 
 def _mean_native(
     out: npt.NDArray[Any], shards: list[npt.NDArray[Any]], weights: Sequence[float] | None, scratch: npt.NDArray[Any]
 ) -> None:
-    if len(shards) == 2 and weights is None and out.dtype.itemsize >= 4:
+    if len(shards) == 2 and weights is None and out.dtype.itemsize >= 4 and shards[0].dtype == out.dtype:
         # One addition rounds once, and halving is exact: no wider sum is needed, unless it overflows.
         # The sum goes to scratch memory, since `out` may be one of the shards and those may be read again.
         try:
@@ -123,7 +138,7 @@ def tensor_mean_into(out: Any, shards: Sequence[Any], weights: Sequence[float] |
     """Do the same with torch tensors, on their own device: 16-bit and 8-bit floats, and all dtypes on a GPU."""
     import torch
 
-    if len(shards) == 2 and weights is None and out.element_size() <= 2:
+    if len(shards) == 2 and weights is None and out.element_size() <= 2 and shards[0].element_size() <= 2:
         # Halves are exact in float32, and their sum, rounded there and then to 16 bits, is rounded right since
         # 24 >= 2 * 11 + 2. (The sum of two bfloat16 could overflow float32; that of their halves cannot.)
         total = shards[0].to(torch.float32).mul_(0.5)

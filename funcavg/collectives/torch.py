@@ -23,12 +23,12 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from funcavg._errors import PeerLostError
-from funcavg.collectives.base import Buffer, Pending
+from funcavg.collectives.base import Pending
+from funcavg.collectives.rows import Rows, Ways
 
 __all__ = ["DeviceLane", "TorchCollective", "collective_of", "device_route"]
 
@@ -69,7 +69,7 @@ def _known_groups() -> dict[Any, Any]:
     return groups
 
 
-class TorchCollective:
+class TorchCollective(Rows):
     """One rank of a torch process group. Made at the first call on a group, which all its ranks make."""
 
     def __init__(self, group: Any) -> None:
@@ -80,7 +80,7 @@ class TorchCollective:
         # A weak reference: the cache is keyed by the group, and must not keep it alive.
         self._group, self._store = weakref.ref(group), store
         self._gloo: Any = None
-        self._tags = itertools.count()
+        self._tags = itertools.count(), itertools.count()  # of the group's transfers, and of channels'
 
     def __repr__(self) -> str:
         return f"<rank {self.rank} of {self.size} of a torch process group>"
@@ -121,16 +121,12 @@ class TorchCollective:
         with self._translate_errors("to connect", left):
             return dist.ProcessGroupGloo(store, self.rank, self.size, timedelta(seconds=left))
 
-    def _peers(self) -> list[int]:
-        """Return the other ranks, each rank beginning with its successor, so that nobody is everyone's first."""
-        return [(self.rank + distance) % self.size for distance in range(1, self.size)]
-
-    def _transfer(self, send: list[tuple[int, Any]], receive: list[tuple[int, Any]], timeout: float) -> Pending:
-        """Start sending and receiving rows (peer, NumPy bytes); return what waits for the end."""
+    def transfer(self, send: Ways, receive: Ways, timeout: float, *, channel: bool = False) -> Pending:
+        """Start sends and receives."""
         if self._gloo is None and not self.in_callers_thread:
             self._gloo = self._connect(timeout)
         group: Any = self._group() if self.in_callers_thread else self._gloo
-        tag = next(self._tags) & 0xFFFF
+        tag = (next(self._tags[channel]) & 0xFFFF) + (channel << 16)
         with self._translate_errors("to start a transfer", timeout):
             works = [(peer, group.recv([torch.from_numpy(row)], peer, tag)) for peer, row in receive]
             works += [(peer, group.send([torch.from_numpy(row)], peer, tag)) for peer, row in send]
@@ -157,24 +153,6 @@ class TorchCollective:
             # Gloo begins with a line of its source, and ends with general advice.
             reason = re.sub(r"^\[\S+\] ", "", str(error)).partition(". This is typically")[0]
             raise PeerLostError(f"rank {self.rank} of {self.size} waited {what} {waited}: {reason}.") from error
-
-    def gather(self, payload: bytes, timeout: float) -> list[bytes]:
-        """Send the payload to all and receive theirs."""
-        rows = np.empty((self.size, len(payload)), np.uint8)
-        rows[self.rank] = np.frombuffer(payload, np.uint8)
-        self.share(rows, timeout)()
-        return [row.tobytes() for row in rows]
-
-    def exchange(self, send: Buffer, receive: Buffer, timeout: float) -> Pending:
-        """Send each peer its row."""
-        peers = self._peers()
-        return self._transfer([(p, send[p]) for p in peers], [(p, receive[p]) for p in reversed(peers)], timeout)
-
-    def share(self, buffer: Buffer, timeout: float) -> Pending:
-        """Send all peers this rank's row."""
-        peers = self._peers()
-        mine = buffer[self.rank]
-        return self._transfer([(p, mine) for p in peers], [(p, buffer[p]) for p in reversed(peers)], timeout)
 
     def device_lane(self, device_type: str) -> DeviceLane | None:
         """Return the way for leaves in an accelerator's memory, or None if they go through the host."""

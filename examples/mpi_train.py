@@ -1,0 +1,216 @@
+"""Train a small language model on MPI ranks by post-local SGD, in a job that can be killed and resumed.
+
+Gradients are averaged during a short warm-up, afterwards parameters, every few steps. Ranks have unequal amounts of
+text, and count accordingly.
+
+    mpiexec -n 2 python -m mpi4py examples/mpi_train.py
+    mpiexec -n 2 python -m mpi4py examples/mpi_train.py --checkpoint model.pt --every 200
+
+The second command, killed at any time and started again, goes on from model.pt and ends with the same bits.
+`python -m mpi4py` sees to it that all ranks end when one fails. On a cluster, see mpi_train.sbatch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from charlm import Params, init_params, load_corpus, loss_fn, plot, sample, sgd, shard, spread
+from mpi4py import MPI
+from torch.func import grad_and_value
+from tqdm import tqdm
+
+from funcavg import average, should_average
+from funcavg.collectives import as_collective
+
+Tree = dict[str, Any]
+
+COMM = MPI.COMM_WORLD
+VALIDATION = 1024  # windows
+
+
+def train(args: argparse.Namespace) -> None:
+    """Be one of the ranks: resume if there is something to resume from, train, and report."""
+    corpus = load_corpus()
+    try:
+        group = as_collective(COMM)  # it counts what this rank sends
+        text = shard(corpus.train, COMM.rank, COMM.size)
+    except (RuntimeError, ValueError) as error:  # the launcher is another MPI's, or there are too many ranks
+        give_up(f"{error}")
+    valid = spread(torch.cat(corpus.valid), VALIDATION)[COMM.rank :: COMM.size]
+    # All that a step depends on: from a checkpoint of other settings, this job would go on to another end.
+    settings = {name: getattr(args, name) for name in ("steps", "warmup", "period", "batch", "rate", "seed")}
+    settings |= {"ranks": COMM.size, "text": corpus.digest}
+
+    params = init_params(args.seed)
+    # The momentum is averaged with the parameters: after an average ranks differ in nothing, and one file holds all.
+    state = {"params": params, "velocity": {name: torch.zeros_like(param) for name, param in params.items()}}
+    losses = torch.zeros(COMM.size, args.steps)  # a row for each rank
+    log: Tree = {"valid": [], "averagings": 0, "sent": 0, "seconds": 0.0}  # rank 0's counts for all
+    first = saved = resume(args, settings, state, losses, log)
+
+    grad_and_value(loss_fn)(params, spread(text, 1))  # the first call takes seconds to import what it needs
+    COMM.Barrier()
+    sent_before, start = group.bytes_sent - log["sent"], time.perf_counter() - log["seconds"]
+    bar = tqdm(total=args.steps, initial=first, desc="post-local SGD", unit="step", disable=COMM.rank != 0)
+    for step in range(first, args.steps):
+        batch = sample(text, args.batch, seed=args.seed, rank=COMM.rank, step=step)
+        grads, losses[COMM.rank, step] = grad_and_value(loss_fn)(state["params"], batch)
+        if in_warmup := step < args.warmup:  # during warm-up the gradients are averaged,
+            grads = average(grads, COMM, weight=len(text), donate=True)
+        state = sgd(state, grads, args.rate * (1 - step / args.steps))
+        ends = step + 1 == args.steps  # perhaps within a period; the model is the mean of the ranks'
+        if fires := should_average(step, warmup=args.warmup, period=args.period) or ends:
+            state = average(state, COMM, weight=len(text), donate=True)  # afterwards the parameters, every few steps
+        log["averagings"] += in_warmup + fires
+        bar.update()
+        # Between two averages ranks hold different parameters: a checkpoint waits for the next one.
+        if (in_warmup or fires) and (ends or (step + 1) // args.every > saved // args.every):
+            saved = step + 1
+            log["sent"] = group.bytes_sent - sent_before
+            log["valid"].append((saved, validate(state["params"], valid)))
+            log["seconds"] = time.perf_counter() - start
+            COMM.Allgather(MPI.IN_PLACE, losses.numpy())
+            checkpoint = {"settings": settings, "step": saved, "state": state, "losses": losses, "log": log}
+            if COMM.rank == 0 and args.checkpoint:
+                save(args.checkpoint, checkpoint)
+    bar.close()
+    if COMM.rank == 0:
+        report(state["params"], losses.numpy(), log, args)
+
+
+def validate(params: Params, valid: torch.Tensor) -> float:
+    """Return the validation loss. Each rank reads some of the windows, and the mean over ranks is an average, too."""
+    with torch.no_grad():
+        loss = torch.stack([len(part) * loss_fn(params, part) for part in valid.split(16)]).sum() / len(valid)
+        return average(loss, COMM, weight=len(valid)).item()
+
+
+def save(path: Path, checkpoint: Tree) -> None:
+    """Write a checkpoint whole or not at all: whenever the job is killed, ``path`` is this one or the one before."""
+    draft = path.with_name(f"{path.name}.draft")
+    with draft.open("wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def resume(args: argparse.Namespace, settings: Tree, state: Tree, losses: torch.Tensor, log: Tree) -> int:
+    """Fill in what the checkpoint holds, on every rank, and return the step to go on from: 0 if there is none.
+
+    Rank 0 reads and tells: ranks could see different files, and must agree on the step.
+    """
+    found, mistake = load(args, settings) if COMM.rank == 0 else ({}, "")
+    step = np.array([-1 if mistake else found.get("step", 0)])
+    COMM.Bcast(step)
+    if step[0] < 0:
+        give_up(mistake)
+    if step[0] > 0:
+        log.update(found.get("log", {}))
+        mine = [losses, *(leaf for leaves in state.values() for leaf in leaves.values())]
+        if COMM.rank == 0:
+            theirs = [found["losses"], *(found["state"][kind][name] for kind in state for name in state[kind])]
+            for new, old in zip(mine, theirs, strict=True):
+                new.copy_(old)
+        for leaf in mine:
+            COMM.Bcast(leaf.numpy())
+    return int(step[0])
+
+
+def load(args: argparse.Namespace, settings: Tree) -> tuple[Tree, str]:
+    """Return the checkpoint, empty if there is none yet, and what is wrong with it or with where files are to go."""
+    for path in filter(None, (args.checkpoint, args.plot)):
+        if not path.parent.is_dir():
+            return {}, f"there is no folder {path.parent}"
+    if not args.checkpoint or not args.checkpoint.exists():
+        return {}, ""
+    try:
+        found = torch.load(args.checkpoint, weights_only=True)
+        theirs = {name: found["settings"][name] for name in settings}
+    except Exception as error:  # whatever a file that is no checkpoint makes of its reader
+        reason = error if isinstance(error, OSError) else type(error).__name__
+        return {}, f"{args.checkpoint} is no checkpoint of this example ({reason})"
+    differ = [f"{name} {theirs[name]}, not {settings[name]}" for name in settings if theirs[name] != settings[name]]
+    if differ:
+        return {}, f"{args.checkpoint} is of a run with {', '.join(differ)}: use its settings, or another file"
+    return found, ""
+
+
+def give_up(mistake: str) -> NoReturn:
+    """End the job, with one line from rank 0. All ranks come here, so none ends the job before it is written."""
+    if COMM.rank == 0:
+        sys.stderr.write(f"mpi_train.py: error: {mistake}\n")
+        sys.stderr.flush()
+    COMM.Barrier()
+    sys.exit(1)
+
+
+def report(params: Params, losses: np.ndarray, log: Tree, args: argparse.Namespace) -> None:
+    """Print the table, beside what averaging gradients at every step would send, and save the plot."""
+    nats, sent = log["valid"][-1][1], log["sent"] / 1e6
+    bits = nats / math.log(2)
+    synchronous = args.steps * 2 * sum(param.nbytes for param in params.values()) * (COMM.size - 1) / COMM.size / 1e6
+    lines = [
+        f"{'method':38}{'nats/char':>10}{'bits/char':>11}{'averagings':>12}{'sent per worker':>17}{'seconds':>9}",
+        f"{'post-local SGD':38}{nats:10.3f}{bits:11.3f}{log['averagings']:12}{sent:14.2f} MB{log['seconds']:9.1f}",
+        f"{'gradients at every step, as computed':38}{'':21}{args.steps:12}{synchronous:14.2f} MB",
+    ]
+    if args.plot:
+        plot(args.plot, losses, log["valid"], f"post-local SGD: {args.warmup} steps of warm-up, period {args.period}")
+        lines.append(f"Loss curves saved to {args.plot.resolve()}")
+    sys.stdout.write("\n" + "\n".join(lines) + "\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read and check the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=3000, help="of each rank (default: 3000)")
+    parser.add_argument("--warmup", type=int, help="steps that average gradients (default: a twentieth of all)")
+    parser.add_argument("--period", type=int, default=16, help="steps between averagings after them (default: 16)")
+    parser.add_argument("--batch", type=int, default=8, help="windows of text in a step of a rank (default: 8)")
+    parser.add_argument("--rate", type=float, default=0.1, help="learning rate, falling to 0 (default: 0.1)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--checkpoint", type=Path, help="resume from this file if it exists, and save to it")
+    parser.add_argument(
+        "--every", type=int, default=200, help="validate and save at the first averaging after so many (default: 200)"
+    )
+    parser.add_argument("--plot", type=Path, help="save the loss curves to this file, such as mpi_train.png")
+    args = parser.parse_args()
+    args.warmup = args.steps // 20 if args.warmup is None else args.warmup
+    try:
+        should_average(0, warmup=args.warmup, period=args.period)
+    except ValueError as error:
+        parser.error(f"{error}")
+    for name in ("steps", "batch", "every", "rate"):
+        if not 0 < getattr(args, name) < math.inf:
+            parser.error(f"--{name} must be positive, got {getattr(args, name)}")
+    if args.seed < 0:
+        parser.error(f"--seed must be at least 0, got {args.seed}")
+    return args
+
+
+def main() -> None:
+    """Train, unless the command line is wrong: then rank 0 says why, and the others end only after it has."""
+    unseen = io.StringIO() if COMM.rank != 0 else None
+    try:
+        with contextlib.redirect_stdout(unseen or sys.stdout), contextlib.redirect_stderr(unseen or sys.stderr):
+            args = parse_arguments()
+    except SystemExit:
+        COMM.Barrier()
+        raise
+    torch.set_num_threads(1)  # ranks share the cores
+    train(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Buckets through the memory that ranks of one host share (`funcavg.collectives.node`), and on to other nodes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from funcavg import _points
+from funcavg._buckets import Bucket
+from funcavg._mean import mean_into, wide
+from funcavg.collectives.base import Pending
+from funcavg.collectives.node import Node, schedule
+
+__all__ = ["Crossing", "NodeLane", "NodeSlots"]
+
+AHEAD = 2  # buckets on their way to other nodes, and as many on their way back
+
+
+class NodeSlots:
+    """The slots of a node's shared memory, as plans see them."""
+
+    def __init__(self, node: Node) -> None:
+        self._node, self._first = node, node.sequence & 1
+
+    def lend(self, number: int, rows: int, nbytes: int) -> tuple[Any, Any, Any]:
+        """Return this rank's in-slot, everyone's in-slots and the out-slot: so many rows of ``nbytes``."""
+        mine, everyone, out = self._node.slots(self._first + number)
+        cut = [memory[: rows * nbytes].reshape(rows, nbytes) for memory in (mine, *everyone, out)]
+        return cut[0], cut[1:-1], cut[-1]
+
+
+class NodeLane:
+    """A plan of buckets in the slots of a node."""
+
+    def __init__(self, plan: Sequence[Bucket], node: Node, collective: Any, crossing: Crossing | None) -> None:
+        self.plan, self.node, self.collective, self.crossing = plan, node, collective, crossing
+
+    def carry(
+        self,
+        carriers: Sequence[Any],
+        results: Sequence[Any],
+        weights: Sequence[float] | None,
+        timeout: float,
+        *,
+        land_in_results: bool,
+    ) -> None:
+        """Move all buckets. Nothing arrives late in shared memory, so results are always written directly."""
+        node, plan = self.node, self.plan
+        here, between = weights_by_node(node.nodes, weights)
+        delay = 0 if self.crossing is None else 2 * AHEAD
+        meetings = 0
+        for action, k, _ in schedule(len(plan), node.sequence, delay) if plan else ():
+            bucket = plan[k]
+            if action == "meet":
+                node.meet(timeout)
+                _points.reached("arrived", meetings)
+                meetings += 1
+            elif action == "copy in":
+                source = bucket.rows_in(carriers)
+                if source is None:
+                    bucket.pack(carriers)
+                else:
+                    np.copyto(bucket.mine, source)
+                _points.reached("copied_in", k)
+            elif action == "copy out":
+                target = bucket.rows_in(results)
+                if target is None:
+                    bucket.unpack(results)
+                elif bucket.own is not None:
+                    np.copyto(target, bucket.landing)
+                    bucket.own[0].written(results[bucket.own[1]])
+                _points.reached("copied_out", k)
+            elif node.index < node.shards:
+                if action == "reduce":
+                    self._reduce(bucket, here[node.here], between, timeout)
+                elif self.crossing is not None:
+                    np.copyto(self._shard(bucket.landing), self.crossing.back(draining=k + delay >= len(plan)))
+        node.sequence += len(plan)
+        # Others have read all of this rank's in-slots but its own shard, and its own shard of the means.
+        nbytes = sum(bucket.mine.nbytes for bucket in plan)
+        mine = nbytes // node.shards if node.index < node.shards else 0
+        self.collective.bytes_sent += (nbytes - mine if node.size > 1 else 0) + mine * (node.size - 1)
+
+    def _shard(self, rows: Any) -> Any:
+        """Return the rows of the shard that this rank reduces, one for every node."""
+        count = len(self.node.nodes)
+        return rows[self.node.index * count : (self.node.index + 1) * count]
+
+    def _reduce(
+        self, bucket: Bucket, weights: Sequence[float] | None, between: Sequence[float] | None, timeout: float
+    ) -> None:
+        shards = [self._shard(rows).reshape(-1) for rows in bucket.theirs]
+        if self.crossing is None:
+            mean_into(self._shard(bucket.landing).reshape(-1), shards, weights, bucket.element)
+        else:
+
+            def local_mean(out: Any) -> None:
+                if weights is None or any(weights):  # else nobody reads it
+                    mean_into(out, shards, weights, bucket.element, wide(bucket.element))
+
+            self.crossing.over(bucket, len(shards[0]), local_mean, between, timeout)
+        _points.reached("reduced", bucket.number)
+
+
+def weights_by_node(
+    nodes: Sequence[Sequence[int]], weights: Sequence[float] | None
+) -> tuple[list[list[float] | None], list[float] | None]:
+    """Return the weights of ranks within each node, and of nodes; None where all are equal."""
+    if weights is None:
+        sizes = [float(len(members)) for members in nodes]
+        return [None] * len(nodes), None if len(set(sizes)) == 1 else sizes
+    top = max(weights)  # lest their sums overflow
+    here: list[list[float] | None] = [[weights[rank] / top for rank in members] for members in nodes]
+    return here, [sum(inside or ()) for inside in here]
+
+
+class _Transit(NamedTuple):
+    element: str
+    mine: Any  # (nodes, row bytes) in wide precision
+    theirs: Any
+    result: Any  # (nodes, row bytes)
+    between: Sequence[float] | None
+    wait: Pending | None
+
+    def arrived(self) -> _Transit:
+        if self.wait is not None:
+            self.wait()
+        return self
+
+
+class Crossing:
+    """The way of one shard to the other nodes and back: means of nodes go over, their means come back."""
+
+    def __init__(self, channel: Any, nbytes: int) -> None:
+        self._channel, self._nbytes = channel, nbytes  # of the largest shard
+        self._memory: list[Any] = [None] * (2 * AHEAD + 1)
+        self._begun = 0
+        self._over: deque[_Transit] = deque()
+        self._back: deque[_Transit] = deque()
+        self._timeout = 0.0
+
+    def over(
+        self,
+        bucket: Bucket,
+        nbytes: int,
+        fill: Callable[[Any], None],
+        between: Sequence[float] | None,
+        timeout: float,
+    ) -> None:
+        """Let ``fill`` write this node's mean of a shard, and start to exchange it with the other nodes."""
+        self._timeout = timeout
+        nodes, slot = self._channel.size, self._begun % len(self._memory)
+        self._begun += 1
+        if self._memory[slot] is None:  # eight-bit leaves are four times as wide on their way
+            self._memory[slot] = [np.empty(width * self._nbytes, np.uint8) for width in (4, 4, 1)]
+        broad = nbytes // bucket.itemsize * max(bucket.itemsize, 4)
+        mine, theirs, result = (
+            memory[:size].reshape(nodes, -1)
+            for memory, size in zip(self._memory[slot], (broad, broad, nbytes), strict=True)
+        )
+        fill(mine.reshape(-1))
+        wait = self._channel.exchange(mine, theirs, timeout)
+        self._over.append(_Transit(bucket.element, mine, theirs, result, between, wait))
+        if len(self._over) > AHEAD:
+            self._turn()
+
+    def _turn(self) -> None:
+        """Average the oldest shard that is over, and share the result."""
+        transit = self._over.popleft().arrived()
+        here = self._channel.rank
+        rows = [transit.mine[node] if node == here else transit.theirs[node] for node in range(self._channel.size)]
+        mean_into(transit.result[here], rows, transit.between, wide(transit.element), transit.element)
+        self._back.append(transit._replace(wait=self._channel.share(transit.result, self._timeout)))
+
+    def back(self, *, draining: bool) -> Any:
+        """Return the mean over all nodes of the shard that went over first, (nodes, row bytes)."""
+        while self._over and (draining or not self._back):
+            self._turn()
+        return self._back.popleft().arrived().result

@@ -1,0 +1,12 @@
+"""Named points of a call, at which tests let a rank fail."""
+
+from __future__ import annotations
+
+__all__ = ["reached"]
+
+
+def reached(point: str, number: int = 0) -> None:
+    """Do nothing. Tests replace this function; it is called as ``_points.reached``.
+
+    Points: created, published, attached (once per group); copied_in, arrived, reduced, copied_out (of each bucket).
+    """

@@ -1,0 +1,220 @@
+"""Ranks of an mpi4py communicator.
+
+Bytes travel over a private duplicate of the user's communicator, so our messages never meet his. It is made at the
+first call, and kept in an attribute of his communicator, with which it goes: freeing is collective, and so must never
+happen in a destructor, which runs on each rank when it likes.
+
+Every wait polls non-blocking calls up to a deadline and yields the processor in between. A request that has timed out
+can be neither cancelled nor freed safely: it and its buffers are kept for good, on purpose.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from funcavg._errors import PeerLostError
+from funcavg.collectives.base import Pending
+from funcavg.collectives.rows import Patience, Rows, Ways
+
+__all__ = ["MPICollective", "MPIDeviceLane", "collective_of", "is_gpu_aware"]
+
+_LEAKED: list[Any] = []
+
+
+def collective_of(comm: MPI.Comm) -> MPICollective | None:
+    """Return the collective of a communicator, None if this rank is not in it (``COMM_NULL``)."""
+    if comm == MPI.COMM_NULL:
+        return None
+    if not MPI.Is_initialized() or MPI.Is_finalized():
+        state = "is not initialised yet: call MPI.Init()" if not MPI.Is_initialized() else "has been finalised"
+        raise RuntimeError(f"average: group={comm!r}, but MPI {state}")
+    if comm.Is_inter():
+        raise TypeError(
+            f"average: group={comm!r} is an intercommunicator, which has two sides and no common mean. Pass an "
+            f"intracommunicator, such as intercomm.Merge()."
+        )
+    with _GUARD:
+        if not _KEYVAL:
+            _KEYVAL.append(MPI.Comm.Create_keyval(delete_fn=_free_with_its_communicator))
+        kept: Any = comm.Get_attr(_KEYVAL[0])
+        collective: MPICollective = kept or MPICollective(comm)
+        if kept is None:
+            comm.Set_attr(_KEYVAL[0], collective)
+    return collective
+
+
+_KEYVAL: list[int] = []
+_GUARD = threading.Lock()
+
+
+def _free_with_its_communicator(_comm: Any, _keyval: int, collective: MPICollective) -> None:
+    """Free the duplicate while all ranks free the communicator that it belongs to."""
+    collective.free()
+
+
+class MPICollective(Rows):
+    """One rank of a communicator."""
+
+    advice = "Run MPI jobs as `python -m mpi4py script.py`: it ends all ranks when one fails."
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        self.rank, self.size = comm.rank, comm.size
+        self.bytes_sent = 0
+        # Below MPI_THREAD_MULTIPLE no other thread may call MPI while the caller's does.
+        self.in_callers_thread = MPI.Query_thread() < MPI.THREAD_MULTIPLE
+        self._users: MPI.Comm | None = comm
+        self._comm: Any = None
+        self._freed_by_finalize = any(MPI.Comm.Compare(comm, c) == MPI.IDENT for c in (MPI.COMM_WORLD, MPI.COMM_SELF))
+        self._gpu_aware = False
+
+    def __repr__(self) -> str:
+        return f"<rank {self.rank} of {self.size} of an MPI communicator>"
+
+    def _connected(self, timeout: float) -> Any:
+        """Return the duplicate; make it with the other ranks at the first call."""
+        if self._comm is None:
+            assert self._users is not None
+            with self._translate_errors():
+                duplicate, request = self._users.Idup()
+                self._finish([request], [], [duplicate], timeout, "all ranks to call average on this communicator")
+                duplicate.Set_errhandler(MPI.ERRORS_RETURN)
+                # Ranks may see different environments, and must take the same way.
+                aware = np.array([is_gpu_aware(_memory_kinds(), os.environ)], np.int8)
+                request = duplicate.Iallreduce(MPI.IN_PLACE, [aware, MPI.SIGNED_CHAR], MPI.MIN)
+                self._finish([request], [], [aware], timeout, "all ranks to call average on this communicator")
+            self._gpu_aware = bool(aware[0])
+            self._comm, self._users = duplicate, None
+        return self._comm
+
+    def free(self) -> None:
+        """Free the duplicate, together with all ranks; MPI_Finalize sees to those of the predefined communicators."""
+        comm, self._comm = self._comm, None
+        if comm is not None and not self._freed_by_finalize:
+            comm.Free()
+
+    def abort(self) -> None:
+        """Leave the duplicate alone for good: requests that nobody waits for any more may be pending on it."""
+        _LEAKED.append(self._comm)
+        self._comm = None
+
+    @contextmanager
+    def _translate_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except MPI.Exception as error:
+            reason = error.Get_error_string().strip().rstrip(".")
+            raise PeerLostError(f"rank {self.rank} of {self.size}: MPI reports: {reason}.") from error
+
+    def _finish(
+        self, requests: list[Any], peers: Sequence[int], buffers: Sequence[Any], timeout: float, what: str = ""
+    ) -> None:
+        """Poll requests until all are complete. ``peers`` are those of the first requests, for the error to name."""
+        patience = Patience(timeout)
+        try:
+            while not MPI.Request.Testall(requests):
+                if patience.pause() and patience.is_over():
+                    late = sorted(p for p, request in zip(peers, requests, strict=False) if not request.Get_status())
+                    what = what or f"rank(s) {', '.join(map(str, late or sorted(set(peers))))}"
+                    raise PeerLostError(
+                        f"rank {self.rank} of {self.size} waited {patience.waited:.1f} s of {timeout:g} s for {what}."
+                    )
+        except BaseException:
+            _LEAKED.append((requests, buffers))
+            raise
+
+    def transfer(self, send: Ways, receive: Ways, timeout: float, *, channel: bool = False) -> Pending:
+        """Start sends and receives. MPI keeps messages between two ranks in order, those of each tag apart."""
+        comm = self._connected(timeout)
+        tag = int(channel)
+        requests: list[Any] = []
+        try:
+            with self._translate_errors():
+                requests += [comm.Irecv([row, MPI.BYTE], peer, tag) for peer, row in receive]
+                requests += [comm.Isend([row, MPI.BYTE], peer, tag) for peer, row in send]
+        except BaseException:
+            _LEAKED.append((requests, send, receive))
+            raise
+        self.bytes_sent += sum(row.nbytes for _, row in send)
+
+        def wait() -> None:
+            with self._translate_errors():
+                peers = [peer for peer, _ in (*receive, *send)]
+                self._finish(requests, peers, (send, receive), timeout)
+
+        return wait
+
+    def device_lane(self, device_type: str) -> MPIDeviceLane | None:
+        """Return the way for leaves in an accelerator's memory, or None if they go through the host."""
+        return MPIDeviceLane(self) if self._gpu_aware and device_type != "cpu" else None
+
+
+class MPIDeviceLane(Rows):
+    """Moves buckets that lie in an accelerator's memory, where the MPI library can. Not run on a GPU yet."""
+
+    def __init__(self, owner: MPICollective) -> None:
+        self._owner = owner
+        self.rank, self.size = owner.rank, owner.size
+
+    def averages_natively(self, *, weighted: bool) -> frozenset[str]:
+        """Return no dtype: the kernel sums all of them."""
+        return frozenset()
+
+    def transfer(self, send: Ways, receive: Ways, timeout: float, *, channel: bool = False) -> Pending:
+        """Send and receive device memory, once the current stream has written it: MPI knows nothing of streams."""
+        _synchronise(send)
+        return self._owner.transfer(send, receive, timeout, channel=channel)
+
+
+def _synchronise(ways: Ways) -> None:
+    import torch
+
+    for device in {row.device for _, row in ways if row.device.type != "cpu"}:
+        getattr(torch, device.type).current_stream(device).synchronize()
+
+
+def is_gpu_aware(memory_kinds: str, environ: Mapping[str, str]) -> bool:
+    """Decide whether device buffers can be handed to MPI: a pure function.
+
+    ``FUNCAVG_MPI_GPU`` (1 or 0) decides if it is set; else what the library says of itself: MPI 4.1's
+    ``mpi_memory_alloc_kinds``, or the variables by which libraries are told to be GPU-aware.
+
+    >>> is_gpu_aware("system,mpi", {}), is_gpu_aware("system,mpi,cuda:device", {})
+    (False, True)
+    >>> is_gpu_aware("", {"MPICH_GPU_SUPPORT_ENABLED": "1"}), is_gpu_aware("cuda", {"FUNCAVG_MPI_GPU": "0"})
+    (True, False)
+    """
+    override = environ.get("FUNCAVG_MPI_GPU", "")
+    if override:
+        return override not in ("0", "off", "false", "no")
+    if {kind.partition(":")[0] for kind in memory_kinds.split(",")} & {"cuda", "rocm", "level_zero"}:
+        return True
+    return any(environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in GPU_SWITCHES)
+
+
+GPU_SWITCHES = (
+    "MPICH_GPU_SUPPORT_ENABLED",  # Cray MPICH
+    "MPIR_CVAR_ENABLE_GPU",  # MPICH
+    "OMPI_MCA_opal_cuda_support",  # Open MPI
+    "MV2_USE_CUDA",  # MVAPICH2
+    "MVP_USE_CUDA",  # MVAPICH
+    "I_MPI_OFFLOAD",  # Intel MPI
+    "PSP_CUDA",  # ParaStation MPI
+)
+
+
+def _memory_kinds() -> str:
+    """Return what the library says of the memory it takes; "" before MPI 4.1."""
+    try:
+        info = MPI.COMM_WORLD.Get_info()
+    except (MPI.Exception, NotImplementedError):
+        return ""
+    kinds = info.Get("mpi_memory_alloc_kinds") or ""
+    info.Free()
+    return str(kinds)

@@ -1,0 +1,118 @@
+"""Shared memory that leaves nothing behind: an anonymous file, reached by peers through ``/proc``.
+
+It has no name in any folder, only its owner's user may open it, and it is gone with the last process that maps it,
+however that dies. Linux only; elsewhere, and where ``/proc`` is closed, opening fails and ranks do without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import secrets
+import weakref
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from funcavg.collectives.base import Buffer
+
+__all__ = ["HEADER", "Address", "Segment", "map_segment", "open_segment", "watch"]
+
+HEADER = 4096  # bytes in front of the slots: the rank's word, and a page of its own for it
+PROT_READ_WRITE, MAP_SHARED, MADV_DONTFORK = 3, 1, 10
+
+
+class Address(NamedTuple):
+    """Where a peer finds a segment."""
+
+    pid: int
+    descriptor: int
+    nonce: (
+        bytes  # 8 bytes; also in the file's name, so that nothing else is opened in a process that has reused the pid
+    )
+
+
+class Segment:
+    """This rank's own shared memory: a header at first, then `grow` for the slots."""
+
+    def __init__(self) -> None:
+        nonce = secrets.token_bytes(8)
+        self.descriptor = os.memfd_create(_name(nonce), os.MFD_CLOEXEC)
+        self.address = Address(os.getpid(), self.descriptor, nonce)
+        try:
+            self.grow(HEADER)
+        except BaseException:
+            self.close()
+            raise
+
+    def grow(self, nbytes: int) -> None:
+        """Reserve memory up to ``nbytes``, or raise OSError: unreserved, a write could die of SIGBUS later."""
+        os.posix_fallocate(self.descriptor, 0, nbytes)
+
+    def map(self, nbytes: int) -> Buffer:
+        """Return the memory."""
+        return _map(self.descriptor, nbytes)
+
+    def close(self) -> None:
+        """Give up the descriptor: all who need the memory have mapped it."""
+        with contextlib.suppress(OSError):
+            os.close(self.descriptor)
+
+
+def open_segment(address: Address) -> int | None:
+    """Return a descriptor of a peer's segment, None if it cannot be reached or is not what it should be."""
+    path = f"/proc/{address.pid}/fd/{address.descriptor}"
+    try:
+        if not str(Path(path).readlink()).startswith(f"/memfd:{_name(address.nonce)}"):
+            return None
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return None
+    if os.fstat(descriptor).st_uid != os.geteuid():
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def map_segment(descriptor: int, nbytes: int) -> Buffer:
+    """Return a peer's memory. It may not have grown yet: nobody touches it before all have said that theirs has."""
+    return _map(descriptor, nbytes)
+
+
+def watch(pid: int) -> int | None:
+    """Return a descriptor that tells when a process ends, None where the kernel has none."""
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        return None
+
+
+def _name(nonce: bytes) -> str:
+    return f"funcavg-{nonce.hex()}"
+
+
+_LIBC: Any = ctypes.CDLL(None, use_errno=True)
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def _map(descriptor: int, nbytes: int) -> Buffer:
+    """Map a file. (Python's own mmap would keep a descriptor of each mapping.) Unmapped with the last view of it."""
+    start = _LIBC.mmap(None, nbytes, PROT_READ_WRITE, MAP_SHARED, descriptor, 0)
+    if start in (None, ctypes.c_void_p(-1).value):
+        number = ctypes.get_errno()
+        raise OSError(number, f"mmap of {nbytes} bytes: {os.strerror(number)}")
+    _LIBC.madvise(start, nbytes, MADV_DONTFORK)  # a forked child, as of a DataLoader, has no part in it
+    memory: Any = (ctypes.c_char * nbytes).from_address(start)
+    weakref.finalize(memory, _unmap, start, nbytes, os.getpid()).atexit = False
+    view: Buffer = np.frombuffer(memory, np.uint8)
+    return view
+
+
+def _unmap(start: int, nbytes: int, pid: int) -> None:
+    if os.getpid() == pid:  # in a forked child something else may lie there
+        _LIBC.munmap(start, nbytes)
