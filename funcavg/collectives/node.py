@@ -269,7 +269,8 @@ class Node:
             if poll.poll(0) and word.item() < self._ticks:  # it may have come, and ended afterwards
                 raise PeerLostError(f"{self._me()} waited for rank {peer} on this host, whose process has ended.")
         if patience.is_over():
-            late = [str(other) for other, w in self._others if w.item() < self._ticks]
+            # One that has given up may have waited for the same ranks, and only a little less long.
+            late = [str(other) for other, w in self._others if POISON < w.item() < self._ticks]
             if late:
                 raise PeerLostError(
                     f"{self._me()} waited {patience.waited:.1f} s of {patience.timeout:g} s for rank(s) "
