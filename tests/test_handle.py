@@ -131,9 +131,11 @@ def test_in_inference_mode():
 
 
 def test_a_wait_that_is_interrupted_can_be_repeated():
+    interrupted = threading.Event()
+
     class Slow(Solo):
         def gather(self, payload, timeout):
-            time.sleep(0.6)
+            interrupted.wait(timeout)
             return [payload]
 
     handle = start_average({"w": 1.5}, Slow())
@@ -141,4 +143,5 @@ def test_a_wait_that_is_interrupted_can_be_repeated():
     threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         handle.wait()
+    interrupted.set()
     assert handle.wait() == {"w": 1.5}
