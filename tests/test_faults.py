@@ -4,9 +4,11 @@ import gc
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+import mpi
 import numpy as np
 import pytest
 import torch
@@ -75,9 +77,11 @@ def left_behind():
     return kept + [line for line in Path("/proc/self/maps").read_text().splitlines() if "funcavg" in line]
 
 
-def one_scenario(rank, size, point, last, action, victim, timeout):
+def one_scenario(group, point, last, action, victim, timeout):
     """Return what happened on this rank."""
-    group = dist.new_group()
+    rank, size = group.rank, group.size
+    if callable(rank):  # of a torch group
+        rank, size = rank(), size()
     highest = {}
     _points.reached = lambda where, number=0: highest.update({where: max(number, highest.get(where, 0))})
     if point not in ONCE:
@@ -112,25 +116,50 @@ def one_scenario(rank, size, point, last, action, victim, timeout):
     return outcome, took, armed[0]
 
 
-def all_scenarios(rank, size, mode, actions):
+def all_scenarios(new_group, barrier, size, mode, action, timeout):
     os.environ["FUNCAVG_NODE"] = MODES[mode]
     outcomes = {}
-    for action, timeout in actions:
-        for point, last in points_of(mode):
-            for victim in (0, size - 1):
-                outcomes[action, point, last, victim] = one_scenario(rank, size, point, last, action, victim, timeout)
-                _points.reached = lambda where, number=0: None
-                dist.barrier()
+    for point, last in points_of(mode):
+        for victim in (0, size - 1):
+            outcomes[point, last, victim] = one_scenario(new_group(), point, last, action, victim, timeout)
+            _points.reached = lambda where, number=0: None
+            barrier()
     return outcomes
+
+
+def over_gloo(rank, *args):
+    return all_scenarios(dist.new_group, dist.barrier, *args)
+
+
+def over_mpi(comm, *args):
+    return all_scenarios(comm.Dup, comm.Barrier, *args)
+
+
+TIMEOUTS = {"sleep": 20.0, "raise": 4.0, "stop": 1.0}
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize(("action", "timeout"), [("sleep", 20.0), ("raise", 4.0), ("stop", 1.0)])
-def test_faults_that_a_rank_survives(action, timeout, size, mode):
-    ranks = run_processes(size, all_scenarios, size, mode, [(action, timeout)], timeout=100)
+@pytest.mark.parametrize("action", TIMEOUTS)
+def test_faults_that_a_rank_survives(action, size, mode):
+    timeout = TIMEOUTS[action]
+    assert_all_went_well(run_processes(size, over_gloo, size, mode, action, timeout, timeout=100), mode, action)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("action", TIMEOUTS)
+def test_faults_that_a_rank_survives_under_mpi(action, size, mode):
+    timeout = min(TIMEOUTS[action], 1.0) if mode == "flat" and action != "sleep" else TIMEOUTS[action]
+    ranks = mpi.run_mpi(size, over_mpi, size, mode, action, timeout, timeout=100)
+    assert_all_went_well(ranks, mode, action, timeout)
+
+
+def assert_all_went_well(ranks, mode, action, timeout=None):
+    size, timeout = len(ranks), timeout or TIMEOUTS[action]
     for scenario in ranks[0]:
-        _, point, last, victim = scenario
+        point, last, victim = scenario
         outcomes = [rank[scenario] for rank in ranks]
         assert not outcomes[victim][2], f"{scenario}: the fault was never injected"
         if action == "sleep":
@@ -146,9 +175,9 @@ def test_faults_that_a_rank_survives(action, timeout, size, mode):
             assert {outcome for outcome, *_ in survivors} == {"PeerLostError"}, (scenario, outcomes)
 
 
-def killed(rank, size, mode, point, last, victim):
+def killed(rank, mode, point, last, victim):
     os.environ["FUNCAVG_NODE"] = MODES[mode]
-    return one_scenario(rank, size, point, last, "kill", victim, 10.0)[:2]
+    return one_scenario(dist.group.WORLD, point, last, "kill", victim, 10.0)[:2]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +186,7 @@ def killed(rank, size, mode, point, last, victim):
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_rank_is_killed(size, mode, point, last):
     for victim in (0, size - 1):
-        ranks = run_processes(size, killed, size, mode, point, last, victim, dies=(victim,))
+        ranks = run_processes(size, killed, mode, point, last, victim, dies=(victim,))
         for rank, found in enumerate(ranks):
             assert (found is None) == (rank == victim)
             if found is not None:
@@ -165,6 +194,48 @@ def test_a_rank_is_killed(size, mode, point, last):
                 assert took < 9, "the end of a process must be noticed before the timeout"
                 certain = point not in ("copied_out", "arrived", "reduced") or not last
                 assert outcome == "PeerLostError" or not certain or point == "copied_out"
+
+
+JOB = """
+import os, signal, sys
+if sys.argv[1] == "mpi":
+    from mpi4py import MPI
+    group = MPI.COMM_WORLD
+    rank = group.rank
+else:
+    import torch.distributed as dist
+    dist.init_process_group("gloo")
+    group, rank = None, dist.get_rank()
+import numpy as np
+from funcavg import _points, average
+average(np.ones(3), group)
+def reached(where, number=0):
+    if rank == 1 and where == "arrived":
+        os.kill(os.getpid(), signal.SIGKILL)
+_points.reached = reached
+average(np.ones(3), group, timeout=20)
+"""
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_torchrun_ends_a_job_of_which_a_rank_is_killed(tmp_path, mode):
+    (tmp_path / "job.py").write_text(JOB)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "job.py"), "torch"]
+    environ = os.environ | {"FUNCAVG_NODE": MODES[mode], "PYTHONPATH": str(mpi.ROOT)}
+    begin = time.monotonic()
+    done = subprocess.run([sys.executable, *command], env=environ, capture_output=True, check=False, timeout=100)
+    assert done.returncode != 0
+    assert time.monotonic() - begin < 60
+    assert not list(Path("/dev/shm").glob("*funcavg*"))
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("mode", MODES)
+def test_mpiexec_ends_a_job_of_which_a_rank_is_killed(tmp_path, mode):
+    (tmp_path / "job.py").write_text(JOB)
+    done = mpi.mpiexec(2, tmp_path / "job.py", "mpi", FUNCAVG_NODE=MODES[mode])
+    assert done.returncode != 0
+    assert not list(Path("/dev/shm").glob("*funcavg*"))
 
 
 def late(rank):
