@@ -11,6 +11,7 @@ here: the mean is linear, so they arrive as pairs of reals.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,11 +46,11 @@ def mean_into(
         shards = [shard for shard, weight in zip(shards, weights, strict=True) if weight]
         scales = [weight / top for weight in weights if weight]
         weights = None if all(scale == 1.0 for scale in scales) else scales
+    length = 4 * BLOCK if len(shards) == 2 else BLOCK  # two mostly need no float64 sums
     narrow = into if element == "float32" else element
     if narrow in NATIVE and (narrow != "float16" or "torch" not in sys.modules):
         arrays = [shard.view(NATIVE[element]) for shard in shards]
         result = out.view(NATIVE[into])
-        length = 4 * BLOCK if len(arrays) == 2 else BLOCK  # two shards need no float64 sums
         scratch = np.empty(min(length, result.size), NATIVE[into])
         with np.errstate(all="ignore"):
             for block in _blocks(result.size, length):
@@ -59,7 +60,7 @@ def mean_into(
 
         tensors = [torch.from_numpy(shard).view(getattr(torch, element)) for shard in shards]
         target = torch.from_numpy(out).view(getattr(torch, into))
-        for block in _blocks(target.numel()):
+        for block in _blocks(target.numel(), length):
             tensor_mean_into(target[block], [t[block] for t in tensors], weights)
     else:
         import ml_dtypes  # a leaf of this dtype came from there
@@ -67,15 +68,14 @@ def mean_into(
         arrays = [shard.view(np.dtype(getattr(ml_dtypes, element, element))) for shard in shards]
         result = out.view(np.dtype(getattr(ml_dtypes, into, into)))
         with np.errstate(all="ignore"):
-            for block in _blocks(result.size):
+            for block in _blocks(result.size, length):
                 total = _wide_mean([a[block].astype(np.float32) for a in arrays], weights, np.float64)
                 if into != "float32":
                     total = _round_to_odd(total.view(np.int64)).view(np.float64)
                 result[block] = total.astype(np.float32)
 
 
-def _blocks(size: int, length: int = 0) -> list[slice]:
-    length = length or BLOCK
+def _blocks(size: int, length: int) -> list[slice]:
     return [slice(start, start + length) for start in range(0, size, length)]
 
 
@@ -84,10 +84,11 @@ def _mean_native(
 ) -> None:
     if len(shards) == 2 and weights is None and out.dtype.itemsize >= 4 and shards[0].dtype == out.dtype:
         # One addition rounds once, and halving is exact: no wider sum is needed, unless it overflows.
-        # The sum goes to scratch memory, since `out` may be one of the shards and those may be read again.
+        # Shards may then be read again, so the sum goes to scratch memory where `out` is one of them.
+        aliased = any(np.may_share_memory(out, shard) for shard in shards)
         try:
             with np.errstate(over="raise"):
-                total = np.add(shards[0], shards[1], out=scratch[: out.size])
+                total = np.add(shards[0], shards[1], out=scratch[: out.size] if aliased else out)
             np.multiply(total, out.dtype.type(0.5), out=out)
             return
         except FloatingPointError:
@@ -141,8 +142,8 @@ def tensor_mean_into(out: Any, shards: Sequence[Any], weights: Sequence[float] |
     if len(shards) == 2 and weights is None and out.element_size() <= 2 and shards[0].element_size() <= 2:
         # Halves are exact in float32, and their sum, rounded there and then to 16 bits, is rounded right since
         # 24 >= 2 * 11 + 2. (The sum of two bfloat16 could overflow float32; that of their halves cannot.)
-        total = shards[0].to(torch.float32).mul_(0.5)
-        out.copy_(total.add_(shards[1].to(torch.float32), alpha=0.5))
+        halves = [wide.copy_(shard) for wide, shard in zip(_scratch_like(out), shards, strict=True)]
+        out.copy_(halves[0].mul_(0.5).add_(halves[1], alpha=0.5))
         return
     weights = weights or [1.0] * len(shards)
     total = shards[0].to(torch.float64, copy=True)
@@ -159,3 +160,19 @@ def tensor_mean_into(out: Any, shards: Sequence[Any], weights: Sequence[float] |
             equal &= shard == shards[0]
         total = torch.where(equal, shards[0], total)
     out.copy_(total)
+
+
+_OF_THREAD = threading.local()
+
+
+def _scratch_like(out: Any) -> Any:
+    """Return two float32 tensors as long as ``out``; on the host this thread's own, since fresh memory is dear."""
+    import torch
+
+    if out.device.type != "cpu":
+        return torch.empty((2, out.numel()), dtype=torch.float32, device=out.device)
+    kept = getattr(_OF_THREAD, "scratch", None)
+    if kept is None or kept.shape[1] < out.numel():
+        with torch.inference_mode(mode=False):  # it outlives the call
+            kept = _OF_THREAD.scratch = torch.empty((2, out.numel()), dtype=torch.float32)
+    return kept[:, : out.numel()]

@@ -47,11 +47,15 @@ class NodeLane:
         *,
         land_in_results: bool,
     ) -> None:
-        """Move all buckets. Nothing arrives late in shared memory, so results are always written directly."""
+        """Move all buckets. Nothing arrives late in shared memory, so results are always written directly.
+
+        Of a bucket in a leaf's own memory, the shard that this rank reduces is read there: nobody else needs it.
+        """
         node, plan = self.node, self.plan
         here, between = weights_by_node(node.nodes, weights)
         delay = 0 if self.crossing is None else 2 * AHEAD
         meetings = 0
+        sources: dict[int, Any] = {}  # where a bucket lies in a leaf's own memory
         for action, k, _ in schedule(len(plan), node.sequence, delay) if plan else ():
             bucket = plan[k]
             if action == "meet":
@@ -59,14 +63,17 @@ class NodeLane:
                 _points.reached("arrived", meetings)
                 meetings += 1
             elif action == "copy in":
-                source = bucket.rows_in(carriers)
+                source = sources[k] = bucket.rows_in(carriers)
                 if source is None:
                     bucket.pack(carriers)
                 else:
-                    np.copyto(bucket.mine, source)
+                    shard = self._shard_rows()
+                    np.copyto(bucket.mine[: shard.start], source[: shard.start])
+                    np.copyto(bucket.mine[shard.stop :], source[shard.stop :])
                 _points.reached("copied_in", k)
             elif action == "copy out":
-                target = bucket.rows_in(results)
+                source = sources.pop(k)
+                target = source if results is carriers else bucket.rows_in(results)
                 if target is None:
                     bucket.unpack(results)
                 elif bucket.own is not None:
@@ -75,26 +82,35 @@ class NodeLane:
                 _points.reached("copied_out", k)
             elif node.index < node.shards:
                 if action == "reduce":
-                    self._reduce(bucket, here[node.here], between, timeout)
+                    self._reduce(bucket, sources[k], here[node.here], between, timeout)
                 elif self.crossing is not None:
-                    np.copyto(self._shard(bucket.landing), self.crossing.back(draining=k + delay >= len(plan)))
+                    np.copyto(bucket.landing[self._shard_rows()], self.crossing.back(draining=k + delay >= len(plan)))
         node.sequence += len(plan)
         # Others have read all of this rank's in-slots but its own shard, and its own shard of the means.
         nbytes = sum(bucket.mine.nbytes for bucket in plan)
         mine = nbytes // node.shards if node.index < node.shards else 0
         self.collective.bytes_sent += (nbytes - mine if node.size > 1 else 0) + mine * (node.size - 1)
 
-    def _shard(self, rows: Any) -> Any:
-        """Return the rows of the shard that this rank reduces, one for every node."""
-        count = len(self.node.nodes)
-        return rows[self.node.index * count : (self.node.index + 1) * count]
+    def _shard_rows(self) -> slice:
+        """Return the rows of the shard that this rank reduces, one for every node; where it has none, no rows."""
+        count, index = len(self.node.nodes), min(self.node.index, self.node.shards)
+        return slice(index * count, min(index + 1, self.node.shards) * count)
 
     def _reduce(
-        self, bucket: Bucket, weights: Sequence[float] | None, between: Sequence[float] | None, timeout: float
+        self,
+        bucket: Bucket,
+        source: Any,
+        weights: Sequence[float] | None,
+        between: Sequence[float] | None,
+        timeout: float,
     ) -> None:
-        shards = [self._shard(rows).reshape(-1) for rows in bucket.theirs]
+        rows = self._shard_rows()
+        everyone = list(bucket.theirs)
+        if source is not None:
+            everyone[self.node.index] = source
+        shards = [slot[rows].reshape(-1) for slot in everyone]
         if self.crossing is None:
-            mean_into(self._shard(bucket.landing).reshape(-1), shards, weights, bucket.element)
+            mean_into(bucket.landing[rows].reshape(-1), shards, weights, bucket.element)
         else:
 
             def local_mean(out: Any) -> None:
