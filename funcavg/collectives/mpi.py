@@ -4,12 +4,13 @@ Bytes travel over a private duplicate of the user's communicator, so our message
 first call, and kept in an attribute of his communicator, with which it goes: freeing is collective, and so must never
 happen in a destructor, which runs on each rank when it likes.
 
-Every wait polls non-blocking calls up to a deadline and yields the processor in between. A request that has timed out
-can be neither cancelled nor freed safely: it and its buffers are kept for good, on purpose.
+Every wait polls non-blocking calls up to a deadline and yields the processor in between. A request that nobody waits
+for any more can be neither cancelled nor freed safely: it and its buffers are kept for good, on purpose.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,6 +72,8 @@ class MPICollective(Rows):
         self.in_callers_thread = MPI.Query_thread() < MPI.THREAD_MULTIPLE
         self._users: MPI.Comm | None = comm
         self._comm: Any = None
+        self._under_way: dict[int, Any] = {}  # requests and their buffers, by number
+        self._numbers = itertools.count()
         self._freed_by_finalize = any(MPI.Comm.Compare(comm, c) == MPI.IDENT for c in (MPI.COMM_WORLD, MPI.COMM_SELF))
         self._gpu_aware = False
 
@@ -81,14 +84,16 @@ class MPICollective(Rows):
         """Return the duplicate; make it with the other ranks at the first call."""
         if self._comm is None:
             assert self._users is not None
+            everyone = "all ranks to call average on this communicator"
             with self._translate_errors():
                 duplicate, request = self._users.Idup()
-                self._finish([request], [], [duplicate], timeout, "all ranks to call average on this communicator")
-                duplicate.Set_errhandler(MPI.ERRORS_RETURN)
-                # Ranks may see different environments, and must take the same way.
-                aware = np.array([is_gpu_aware(_memory_kinds(), os.environ)], np.int8)
+            self._finish(self._keep([request], duplicate), [], timeout, everyone)
+            duplicate.Set_errhandler(MPI.ERRORS_RETURN)
+            # Ranks may see different environments, and must take the same way.
+            aware = np.array([is_gpu_aware(_memory_kinds(), os.environ)], np.int8)
+            with self._translate_errors():
                 request = duplicate.Iallreduce(MPI.IN_PLACE, [aware, MPI.SIGNED_CHAR], MPI.MIN)
-                self._finish([request], [], [aware], timeout, "all ranks to call average on this communicator")
+            self._finish(self._keep([request], aware), [], timeout, everyone)
             self._gpu_aware = bool(aware[0])
             self._comm, self._users = duplicate, None
         return self._comm
@@ -100,9 +105,9 @@ class MPICollective(Rows):
             comm.Free()
 
     def abort(self) -> None:
-        """Leave the duplicate alone for good: requests that nobody waits for any more may be pending on it."""
-        _LEAKED.append(self._comm)
-        self._comm = None
+        """Leave the duplicate alone for good: requests that nobody waits for any more are pending on it."""
+        _LEAKED.append((self._comm, self._under_way))
+        self._comm, self._under_way = None, {}
 
     @contextmanager
     def _translate_errors(self) -> Iterator[None]:
@@ -112,12 +117,16 @@ class MPICollective(Rows):
             reason = error.Get_error_string().strip().rstrip(".")
             raise PeerLostError(f"rank {self.rank} of {self.size}: MPI reports: {reason}.") from error
 
-    def _finish(
-        self, requests: list[Any], peers: Sequence[int], buffers: Sequence[Any], timeout: float, what: str = ""
-    ) -> None:
-        """Poll requests until all are complete. ``peers`` are those of the first requests, for the error to name."""
-        patience = Patience(timeout)
-        try:
+    def _keep(self, requests: list[Any], *buffers: Any) -> int:
+        """Keep requests and what they read and write until `_finish`, or for good; return a number for them."""
+        number = next(self._numbers)
+        self._under_way[number] = requests, buffers
+        return number
+
+    def _finish(self, number: int, peers: Sequence[int], timeout: float, what: str = "") -> None:
+        """Poll requests until all are complete. ``peers`` are those of the first ones, for the error to name."""
+        requests, patience = self._under_way[number][0], Patience(timeout)
+        with self._translate_errors():
             while not MPI.Request.Testall(requests):
                 if patience.pause() and patience.is_over():
                     late = sorted(p for p, request in zip(peers, requests, strict=False) if not request.Get_status())
@@ -125,28 +134,21 @@ class MPICollective(Rows):
                     raise PeerLostError(
                         f"rank {self.rank} of {self.size} waited {patience.waited:.1f} s of {timeout:g} s for {what}."
                     )
-        except BaseException:
-            _LEAKED.append((requests, buffers))
-            raise
+        del self._under_way[number]
 
     def transfer(self, send: Ways, receive: Ways, timeout: float, *, channel: bool = False) -> Pending:
         """Start sends and receives. MPI keeps messages between two ranks in order, those of each tag apart."""
         comm = self._connected(timeout)
         tag = int(channel)
         requests: list[Any] = []
-        try:
-            with self._translate_errors():
-                requests += [comm.Irecv([row, MPI.BYTE], peer, tag) for peer, row in receive]
-                requests += [comm.Isend([row, MPI.BYTE], peer, tag) for peer, row in send]
-        except BaseException:
-            _LEAKED.append((requests, send, receive))
-            raise
+        number = self._keep(requests, send, receive)
+        with self._translate_errors():
+            requests += [comm.Irecv([row, MPI.BYTE], peer, tag) for peer, row in receive]
+            requests += [comm.Isend([row, MPI.BYTE], peer, tag) for peer, row in send]
         self.bytes_sent += sum(row.nbytes for _, row in send)
 
         def wait() -> None:
-            with self._translate_errors():
-                peers = [peer for peer, _ in (*receive, *send)]
-                self._finish(requests, peers, (send, receive), timeout)
+            self._finish(number, [peer for peer, _ in (*receive, *send)], timeout)
 
         return wait
 
