@@ -90,7 +90,7 @@ class Session:
         """Return the ranks of this host that share memory; look for them at the first call, together with all ranks."""
         if not self._looked_for_node:
             if hasattr(collective, "among"):
-                from funcavg.collectives.node import discover
+                from funcavg.collectives.discovery import discover
 
                 self._node = discover(collective, timeout)
             self._looked_for_node = True

@@ -21,7 +21,8 @@ from funcavg import average, start_average
 from funcavg._node_lane import weights_by_node
 from funcavg._session import session_of
 from funcavg.collectives import as_collective
-from funcavg.collectives.node import partition, schedule, slot_bytes
+from funcavg.collectives.discovery import partition, slot_bytes
+from funcavg.collectives.node import schedule
 from funcavg.collectives.segment import Address, Segment, open_segment
 
 # The protocol. A rank's program is what `schedule` yields for two calls; ranks go through theirs at any speed, held
@@ -420,9 +421,9 @@ def test_start_average_while_ddp_trains_on_the_same_group():
 
 def small_slots(rank):
     """Leaves that cross many small buckets."""
-    from funcavg.collectives import node
+    from funcavg.collectives import discovery
 
-    node.slot_bytes = lambda sizes: 4096
+    discovery.slot_bytes = lambda sizes: 4096
     leaves = [torch.arange(10_000.0) + rank, np.arange(7777.0) * rank, torch.full((33, 77), float(rank)).T]
     result = average(leaves, timeout=20)
     plan = session_of(as_collective())._plans

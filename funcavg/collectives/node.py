@@ -16,33 +16,24 @@ is published in every node's out-slot. Crossing takes a few rounds (`schedule`'s
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import logging
 import os
 import select
-import struct
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from funcavg import _points
 from funcavg._errors import PeerLostError
 from funcavg.collectives.base import Buffer
 from funcavg.collectives.rows import Patience, Rows
-from funcavg.collectives.segment import HEADER, Address, Segment, map_segment, open_segment, watch
+from funcavg.collectives.segment import HEADER
 
-__all__ = ["Node", "discover", "partition", "schedule", "slot_bytes"]
+__all__ = ["POISON", "Node", "schedule"]
 
-LOGGER = logging.getLogger("funcavg")
 POISON = -1
 ROOM = 1024  # bytes of a header for what a rank says in a gather; the first such are its word's
-ABOUT = struct.Struct("<?qi8s16s")  # can, process id, descriptor, nonce, place
 
 
 def schedule(buckets: int, first: int, delay: int = 0) -> Iterator[tuple[str, int, int]]:
@@ -63,136 +54,6 @@ def schedule(buckets: int, first: int, delay: int = 0) -> Iterator[tuple[str, in
         yield "meet", 0, 0
         if k >= delay:
             yield "copy out", k - delay, (first + k - delay) & 1
-
-
-def slot_bytes(sizes: Sequence[int]) -> int:
-    """Return the size of a slot for nodes of so many ranks: all slots of a node stay in its cache.
-
-    Where there are several nodes, they are large enough for the rows that go to the others.
-
-    >>> [slot_bytes([ranks]) >> 10 for ranks in (2, 3, 4, 8, 64)]
-    [2048, 2048, 1024, 512, 256]
-    """
-    fitting = (16 << 20) // (2 * max(sizes) + 2)
-    nbytes = min(max(1 << fitting.bit_length() - 1, 256 << 10), 2 << 20)
-    rows = len(sizes) * min(sizes)
-    return nbytes if len(sizes) == 1 else min(max(nbytes, rows * (32 << 10)), 4 << 20)
-
-
-def partition(reach: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Return the nodes: cliques of ranks that reach each other, lowest rank first. A rank alone is a node of its own.
-
-    >>> partition([[1, 1, 0], [1, 1, 1], [0, 1, 1]])
-    [[0, 1], [2]]
-    """
-    nodes: list[list[int]] = []
-    for rank in range(len(reach)):
-        for node in nodes:
-            if all(reach[rank][other] and reach[other][rank] for other in node):
-                node.append(rank)
-                break
-        else:
-            nodes.append([rank])
-    return nodes
-
-
-def discover(transport: Rows, timeout: float) -> Node | None:
-    """Find the ranks that share this host's memory. None, on all ranks alike, if every rank is alone."""
-    with ExitStack() as descriptors, ExitStack() as watches, ExitStack() as unless_done:
-        segment, why = _create()
-        if segment is not None:
-            descriptors.callback(segment.close)
-            # Others may be done, and wait for this rank's word.
-            unless_done.callback(segment.map(HEADER)[:8].view(np.int64).fill, POISON)
-        _points.reached("created")
-        about = _gather(transport, _describe(segment), timeout)  # round 1
-        _points.reached("published")
-
-        opened: dict[int, tuple[int, int | None]] = {}
-        for peer, (can, address, place) in enumerate(about):
-            if segment is None or peer == transport.rank or not can or place != about[transport.rank][2]:
-                continue
-            pidfd = watch(address.pid)  # first, lest it watch a process that has only reused the number
-            if pidfd is not None:
-                watches.callback(os.close, pidfd)
-            descriptor = open_segment(address)
-            if descriptor is not None:
-                descriptors.callback(os.close, descriptor)
-                opened[peer] = descriptor, pidfd
-        mine = np.array([peer in opened or peer == transport.rank for peer in range(transport.size)], np.uint8)
-        answers = transport.gather(np.packbits(mine).tobytes(), timeout)  # round 2
-        bits = [np.unpackbits(np.frombuffer(answer, np.uint8), count=transport.size) for answer in answers]
-        nodes = partition([row.tolist() for row in bits])
-
-        slot, memory = slot_bytes([len(members) for members in nodes]), list[Buffer]()
-        try:
-            memory = _attach(transport.rank, nodes, slot, segment, opened)
-        except OSError as error:  # no room for slots
-            why = f"{type(error).__name__}: {error}"
-        fine = [answer == b"\1" for answer in transport.gather(bytes([bool(memory)]), timeout)]  # round 3
-        _points.reached("attached")
-        attached = [members for members in nodes if all(fine[rank] for rank in members)]
-        lone = [[rank] for members in nodes if members not in attached for rank in members]
-        if [transport.rank] in lone:
-            memory = _attach(transport.rank, lone, slot, None, {})
-        nodes = sorted(attached + lone)
-        members = next(members for members in nodes if transport.rank in members)
-        kept = {peer: os.dup(pidfd) for peer, (_, pidfd) in opened.items() if pidfd is not None and peer in members}
-        node = Node(transport, nodes, memory, kept)
-        unless_done.pop_all()
-    shared = sum(len(members) > 1 for members in node.nodes)
-    LOGGER.info(
-        "node stage: rank %d of %d meets %d other rank(s) of its host in shared memory; %d node(s) in all%s",
-        *(transport.rank, transport.size, node.size - 1, len(node.nodes)),
-        f"; off on this rank: {why}" if why else "",
-    )
-    return node if shared else None
-
-
-def _create() -> tuple[Segment | None, str]:
-    """Make this rank's segment, or say why there is none."""
-    if os.environ.get("FUNCAVG_NODE") == "off":
-        return None, "FUNCAVG_NODE=off"
-    try:
-        return Segment(), ""
-    except (AttributeError, OSError) as error:
-        return None, f"{type(error).__name__}: {error}"
-
-
-def _describe(segment: Segment | None) -> bytes:
-    if segment is None:
-        return ABOUT.pack(False, 0, 0, b"", b"")
-    host = b""
-    with contextlib.suppress(OSError):
-        host = Path("/proc/sys/kernel/random/boot_id").read_bytes()
-    place = hashlib.blake2b(host + os.environ.get("FUNCAVG_NODE", "").encode(), digest_size=16).digest()
-    return ABOUT.pack(True, *segment.address, place)
-
-
-def _gather(transport: Rows, payload: bytes, timeout: float) -> list[tuple[bool, Address, bytes]]:
-    unpacked = [ABOUT.unpack(answer) for answer in transport.gather(payload, timeout)]
-    return [(can, Address(pid, descriptor, nonce), place) for can, pid, descriptor, nonce, place in unpacked]
-
-
-def _attach(
-    rank: int,
-    nodes: Sequence[Sequence[int]],
-    slot: int,
-    segment: Segment | None,
-    opened: Mapping[int, tuple[int, int | None]],
-) -> list[Buffer]:
-    """Map the memory of all ranks of this node: a header and two in-slots, and of the first two out-slots, too."""
-    members = next(members for members in nodes if rank in members)
-    nbytes = [HEADER + (2 + 2 * (peer == members[0])) * slot for peer in members]
-    mine = nbytes[members.index(rank)]
-    if segment is None or len(members) == 1:
-        return [np.zeros(mine, np.uint8)]
-    segment.grow(mine)
-    own = segment.map(mine)
-    own[HEADER:] = 0  # touched first by this rank, so that it lies near
-    return [
-        own if peer == rank else map_segment(opened[peer][0], size) for peer, size in zip(members, nbytes, strict=True)
-    ]
 
 
 class Node:
