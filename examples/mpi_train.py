@@ -4,9 +4,8 @@ Gradients are averaged during a short warm-up, afterwards parameters, every few 
 text, and count accordingly.
 
     mpiexec -n 2 python -m mpi4py examples/mpi_train.py
-    mpiexec -n 2 python -m mpi4py examples/mpi_train.py --checkpoint model.pt --every 200
 
-The second command, killed at any time and started again, goes on from model.pt and ends with the same bits.
+Killed at any time and started again, it goes on from its checkpoint, mpi_train.pt, and ends with the same bits.
 `python -m mpi4py` sees to it that all ranks end when one fails. On a cluster, see mpi_train.sbatch.
 """
 
@@ -81,7 +80,7 @@ def train(args: argparse.Namespace) -> None:
             log["seconds"] = time.perf_counter() - start
             COMM.Allgather(MPI.IN_PLACE, losses.numpy())
             checkpoint = {"settings": settings, "step": saved, "state": state, "losses": losses, "log": log}
-            if COMM.rank == 0 and args.checkpoint:
+            if COMM.rank == 0:
                 save(args.checkpoint, checkpoint)
     bar.close()
     if COMM.rank == 0:
@@ -129,10 +128,12 @@ def resume(args: argparse.Namespace, settings: Tree, state: Tree, losses: torch.
 
 def load(args: argparse.Namespace, settings: Tree) -> tuple[Tree, str]:
     """Return the checkpoint, empty if there is none yet, and what is wrong with it or with where files are to go."""
-    for path in filter(None, (args.checkpoint, args.plot)):
+    for path in (args.checkpoint, args.plot):
         if not path.parent.is_dir():
             return {}, f"there is no folder {path.parent}"
-    if not args.checkpoint or not args.checkpoint.exists():
+    if args.plot.suffix not in (".png", ".pdf", ".svg"):
+        return {}, f"--plot must end with .png, .pdf or .svg, got {args.plot}"
+    if not args.checkpoint.exists():
         return {}, ""
     try:
         found = torch.load(args.checkpoint, weights_only=True)
@@ -165,10 +166,9 @@ def report(params: Params, losses: np.ndarray, log: Tree, args: argparse.Namespa
         f"{'post-local SGD':38}{nats:10.3f}{bits:11.3f}{log['averagings']:12}{sent:14.2f} MB{log['seconds']:9.1f}",
         f"{'gradients at every step, as computed':38}{'':21}{args.steps:12}{synchronous:14.2f} MB",
     ]
-    if args.plot:
-        plot(args.plot, losses, log["valid"], f"post-local SGD: {args.warmup} steps of warm-up, period {args.period}")
-        lines.append(f"Loss curves saved to {args.plot.resolve()}")
     sys.stdout.write("\n" + "\n".join(lines) + "\n")
+    plot(args.plot, losses, log["valid"], f"post-local SGD: {args.warmup} steps of warm-up, period {args.period}")
+    sys.stdout.write(f"Loss curves saved to {args.plot.resolve()}, the model to {args.checkpoint.resolve()}\n")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -180,11 +180,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="windows of text in a step of a rank (default: 8)")
     parser.add_argument("--rate", type=float, default=0.1, help="learning rate, falling to 0 (default: 0.1)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--checkpoint", type=Path, help="resume from this file if it exists, and save to it")
+    parser.add_argument(
+        "--checkpoint", type=Path, default="mpi_train.pt", help="resume from this file if it exists, and save to it"
+    )
     parser.add_argument(
         "--every", type=int, default=200, help="validate and save at the first averaging after so many (default: 200)"
     )
-    parser.add_argument("--plot", type=Path, help="save the loss curves to this file, such as mpi_train.png")
+    parser.add_argument("--plot", type=Path, default="mpi_train.png", help="save the loss curves to this file")
     args = parser.parse_args()
     args.warmup = args.steps // 20 if args.warmup is None else args.warmup
     try:

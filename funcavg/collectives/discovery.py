@@ -69,7 +69,8 @@ def discover(transport: Rows, timeout: float) -> Node | None:
         if segment is not None:
             descriptors.callback(segment.close)
             # Others may be done, and wait for this rank's word.
-            unless_done.callback(segment.map(HEADER)[:8].view(np.int64).fill, POISON)
+            word = segment.map(HEADER)[:8].view(np.int64)
+            unless_done.callback(word.fill, POISON)
         _points.reached("created")
         about = _gather(transport, _describe(segment), timeout)  # round 1
         _points.reached("published")
@@ -85,6 +86,8 @@ def discover(transport: Rows, timeout: float) -> Node | None:
             if descriptor is not None:
                 descriptors.callback(os.close, descriptor)
                 opened[peer] = descriptor, pidfd
+            else:
+                why = f"rank {peer}'s memory is out of reach (another user's, or another container's)"
         mine = np.array([peer in opened or peer == transport.rank for peer in range(transport.size)], np.uint8)
         answers = transport.gather(np.packbits(mine).tobytes(), timeout)  # round 2
         bits = [np.unpackbits(np.frombuffer(answer, np.uint8), count=transport.size) for answer in answers]
@@ -94,7 +97,7 @@ def discover(transport: Rows, timeout: float) -> Node | None:
         try:
             memory = _attach(transport.rank, nodes, slot, segment, opened)
         except OSError as error:  # no room for slots
-            why = f"{type(error).__name__}: {error}"
+            why = f"off on this rank: {type(error).__name__}: {error}"
         fine = [answer == b"\1" for answer in transport.gather(bytes([bool(memory)]), timeout)]  # round 3
         _points.reached("attached")
         attached = [members for members in nodes if all(fine[rank] for rank in members)]
@@ -110,7 +113,7 @@ def discover(transport: Rows, timeout: float) -> Node | None:
     LOGGER.info(
         "node stage: rank %d of %d meets %d other rank(s) of its host in shared memory; %d node(s) in all%s",
         *(transport.rank, transport.size, node.size - 1, len(node.nodes)),
-        f"; off on this rank: {why}" if why else "",
+        f"; {why}" if why else "",
     )
     return node if shared else None
 
@@ -118,11 +121,11 @@ def discover(transport: Rows, timeout: float) -> Node | None:
 def _create() -> tuple[Segment | None, str]:
     """Make this rank's segment, or say why there is none."""
     if os.environ.get("FUNCAVG_NODE") == "off":
-        return None, "FUNCAVG_NODE=off"
+        return None, "off on this rank: FUNCAVG_NODE=off"
     try:
         return Segment(), ""
     except (AttributeError, OSError) as error:
-        return None, f"{type(error).__name__}: {error}"
+        return None, f"off on this rank: {type(error).__name__}: {error}"
 
 
 def _describe(segment: Segment | None) -> bytes:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +25,7 @@ from funcavg._errors import PeerLostError
 from funcavg.collectives.base import Pending
 from funcavg.collectives.rows import Patience, Rows, Ways
 
-__all__ = ["MPICollective", "MPIDeviceLane", "collective_of", "is_gpu_aware"]
+__all__ = ["MPICollective", "MPIDeviceVerbs", "collective_of", "is_gpu_aware"]
 
 _LEAKED: list[Any] = []
 
@@ -32,6 +33,8 @@ _LEAKED: list[Any] = []
 def collective_of(comm: MPI.Comm) -> MPICollective | None:
     """Return the collective of a communicator, None if this rank is not in it (``COMM_NULL``)."""
     if comm == MPI.COMM_NULL:
+        if comm in _MET:  # which a rank without a part in it never was
+            raise ValueError("average: group is an MPI communicator that has been freed")
         return None
     if not MPI.Is_initialized() or MPI.Is_finalized():
         state = "is not initialised yet: call MPI.Init()" if not MPI.Is_initialized() else "has been finalised"
@@ -48,10 +51,28 @@ def collective_of(comm: MPI.Comm) -> MPICollective | None:
         collective: MPICollective = kept or MPICollective(comm)
         if kept is None:
             comm.Set_attr(_KEYVAL[0], collective)
+        _MET.add(comm)
     return collective
 
 
+class _ByIdentity:
+    """A set of objects, each until it is gone. Equality will not do: communicators that have been freed are equal."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def add(self, item: Any) -> None:
+        if item not in self:
+            key = id(item)
+            self._known[key] = weakref.ref(item, lambda _: self._known.pop(key, None))
+
+    def __contains__(self, item: Any) -> bool:
+        known = self._known.get(id(item))
+        return known is not None and known() is item
+
+
 _KEYVAL: list[int] = []
+_MET = _ByIdentity()
 _GUARD = threading.Lock()
 
 
@@ -129,8 +150,8 @@ class MPICollective(Rows):
         with self._translate_errors():
             while not MPI.Request.Testall(requests):
                 if patience.pause() and patience.is_over():
-                    late = sorted(p for p, request in zip(peers, requests, strict=False) if not request.Get_status())
-                    what = what or f"rank(s) {', '.join(map(str, late or sorted(set(peers))))}"
+                    late = [p for p, request in zip(peers, requests, strict=False) if not request.Get_status()]
+                    what = what or f"rank(s) {', '.join(map(str, sorted(set(late or peers))))}"
                     raise PeerLostError(
                         f"rank {self.rank} of {self.size} waited {patience.waited:.1f} s of {timeout:g} s for {what}."
                     )
@@ -152,12 +173,12 @@ class MPICollective(Rows):
 
         return wait
 
-    def device_lane(self, device_type: str) -> MPIDeviceLane | None:
+    def device_verbs(self, device_type: str) -> MPIDeviceVerbs | None:
         """Return the way for leaves in an accelerator's memory, or None if they go through the host."""
-        return MPIDeviceLane(self) if self._gpu_aware and device_type != "cpu" else None
+        return MPIDeviceVerbs(self) if self._gpu_aware and device_type != "cpu" else None
 
 
-class MPIDeviceLane(Rows):
+class MPIDeviceVerbs(Rows):
     """Moves buckets that lie in an accelerator's memory, where the MPI library can. Not run on a GPU yet."""
 
     def __init__(self, owner: MPICollective) -> None:
@@ -184,22 +205,28 @@ def _synchronise(ways: Ways) -> None:
 def is_gpu_aware(memory_kinds: str, environ: Mapping[str, str]) -> bool:
     """Decide whether device buffers can be handed to MPI: a pure function.
 
-    ``FUNCAVG_MPI_GPU`` (1 or 0) decides if it is set; else what the library says of itself: MPI 4.1's
-    ``mpi_memory_alloc_kinds``, or the variables by which libraries are told to be GPU-aware.
+    ``FUNCAVG_MPI_GPU`` (1 or 0) decides if it is set; else what the library says of itself, which is MPI 4.1's
+    ``mpi_memory_alloc_kinds``; and where it says nothing, the variables by which libraries are told to be GPU-aware.
 
     >>> is_gpu_aware("system,mpi", {}), is_gpu_aware("system,mpi,cuda:device", {})
     (False, True)
-    >>> is_gpu_aware("", {"MPICH_GPU_SUPPORT_ENABLED": "1"}), is_gpu_aware("cuda", {"FUNCAVG_MPI_GPU": "0"})
+    >>> is_gpu_aware("", {"MPICH_GPU_SUPPORT_ENABLED": "1"}), is_gpu_aware("mpi", {"MPIR_CVAR_ENABLE_GPU": "1"})
+    (True, False)
+    >>> is_gpu_aware("system,mpi", {"FUNCAVG_MPI_GPU": "True"}), is_gpu_aware("cuda", {"FUNCAVG_MPI_GPU": "0"})
     (True, False)
     """
     override = environ.get("FUNCAVG_MPI_GPU", "")
     if override:
-        return override not in ("0", "off", "false", "no")
-    if {kind.partition(":")[0] for kind in memory_kinds.split(",")} & {"cuda", "rocm", "level_zero"}:
-        return True
-    return any(environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in GPU_SWITCHES)
+        if override.lower() not in (*YES, *NO):
+            raise ValueError(f"average: FUNCAVG_MPI_GPU must be 1 or 0, got {override!r}")
+        return override.lower() in YES
+    if memory_kinds:
+        return not {kind.partition(":")[0] for kind in memory_kinds.split(",")}.isdisjoint(GPU_KINDS)
+    return any(environ.get(name, "").lower() in YES for name in GPU_SWITCHES)
 
 
+YES, NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+GPU_KINDS = ("cuda", "rocm", "level_zero")
 GPU_SWITCHES = (
     "MPICH_GPU_SUPPORT_ENABLED",  # Cray MPICH
     "MPIR_CVAR_ENABLE_GPU",  # MPICH

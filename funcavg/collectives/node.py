@@ -36,24 +36,24 @@ POISON = -1
 ROOM = 1024  # bytes of a header for what a rank says in a gather; the first such are its word's
 
 
-def schedule(buckets: int, first: int, delay: int = 0) -> Iterator[tuple[str, int, int]]:
-    """Yield what a rank does in one call: (action, bucket, slot), which `Node.meet` s between.
+def schedule(buckets: int, delay: int = 0) -> Iterator[tuple[str, int]]:
+    """Yield what a rank does in one call: (action, bucket); bucket k is in slot k & 1.
 
-    ``first`` is how many buckets the window has seen: slots go on alternating from call to call. ``delay`` is how many
-    rounds a bucket takes to cross to other nodes and back.
+    ``delay`` is how many rounds a bucket takes to cross to other nodes and back. The meeting before the first reduction
+    keeps calls apart: when it is over, everyone has read all of the call before.
     """
-    yield "copy in", 0, first & 1
-    yield "meet", 0, 0
+    yield "copy in", 0
+    yield "meet", 0
     for k in range(buckets + delay):
         if k + 1 < buckets:
-            yield "copy in", k + 1, (first + k + 1) & 1
+            yield "copy in", k + 1
         if k < buckets:
-            yield "reduce", k, (first + k) & 1
+            yield "reduce", k
         if k >= delay:
-            yield "publish", k - delay, (first + k - delay) & 1
-        yield "meet", 0, 0
+            yield "publish", k - delay
+        yield "meet", k
         if k >= delay:
-            yield "copy out", k - delay, (first + k - delay) & 1
+            yield "copy out", k - delay
 
 
 class Node:
@@ -69,7 +69,6 @@ class Node:
         self.shards = min(map(len, nodes))
         self.rows = self.shards * len(nodes)  # of a bucket
         self.slot_bytes = (len(memory[0]) - HEADER) // 4
-        self.sequence = 0  # buckets seen
         self.channel: Rows | None = None
         if len(nodes) > 1 and self.index < self.shards:
             self.channel = transport.among([members[self.index] for members in nodes])
@@ -116,7 +115,7 @@ class Node:
         for peer, word in self._others:
             while (said := word.item()) < self._ticks:
                 if said == POISON:
-                    raise PeerLostError(f"{self._me()} met rank {peer} on this host, which had given up.")
+                    raise PeerLostError(f"{self._me()} waited for rank {peer} on this host, which had given up.")
                 patience = patience or Patience(timeout)
                 if patience.pause():
                     self._look_for_trouble(peer, word, patience)

@@ -36,7 +36,7 @@ class Rows:
         raise NotImplementedError
 
     def among(self, ranks: Sequence[int]) -> Rows:
-        """Return the collective of some of the ranks, this one among them. Those of one time have no rank in common."""
+        """Return the collective of some of the ranks, this one among them. A rank is in one such collective at most."""
         return Channel(self, ranks)
 
     def _peers(self) -> list[int]:

@@ -29,9 +29,7 @@ class Address(NamedTuple):
 
     pid: int
     descriptor: int
-    nonce: (
-        bytes  # 8 bytes; also in the file's name, so that nothing else is opened in a process that has reused the pid
-    )
+    nonce: bytes  # 8 bytes, also in the file's name: so nothing else is opened in a process that has reused the pid
 
 
 class Segment:

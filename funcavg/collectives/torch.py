@@ -30,7 +30,7 @@ from funcavg._errors import PeerLostError
 from funcavg.collectives.base import Pending
 from funcavg.collectives.rows import Rows, Ways
 
-__all__ = ["DeviceLane", "TorchCollective", "collective_of", "device_route"]
+__all__ = ["DeviceVerbs", "TorchCollective", "collective_of", "device_route"]
 
 
 def collective_of(group: Any) -> TorchCollective | None:
@@ -154,14 +154,14 @@ class TorchCollective(Rows):
             reason = re.sub(r"^\[\S+\] ", "", str(error)).partition(". This is typically")[0]
             raise PeerLostError(f"rank {self.rank} of {self.size} waited {what} {waited}: {reason}.") from error
 
-    def device_lane(self, device_type: str) -> DeviceLane | None:
+    def device_verbs(self, device_type: str) -> DeviceVerbs | None:
         """Return the way for leaves in an accelerator's memory, or None if they go through the host."""
         group = self._group()
         if group is None or self.in_callers_thread:
             return None
         backends = dict(part.split(":") for part in dist.get_backend_config(group).split(",") if ":" in part)
         route = device_route(backends.get(device_type), "float32", weighted=False)
-        return None if route == "host" else DeviceLane(group, self)
+        return None if route == "host" else DeviceVerbs(group, self)
 
 
 def device_route(backend: str | None, element: str, *, weighted: bool) -> str:
@@ -180,7 +180,7 @@ def device_route(backend: str | None, element: str, *, weighted: bool) -> str:
     return "average" if element in ("float32", "float64") and not weighted else "exchange"
 
 
-class DeviceLane:
+class DeviceVerbs:
     """Moves buckets that lie in an accelerator's memory over the user's own group. Not yet run on a GPU."""
 
     def __init__(self, group: Any, owner: TorchCollective) -> None:
