@@ -181,6 +181,8 @@ def start_average(
         request = make_request(everything, spec, weight=weight, where=where, donate=donate)
     session.enter("start_average")
     try:
+        if hasattr(collective, "introduce"):
+            collective.introduce()
         return Handle(None, Flight(request, collective, session, seconds))
     except BaseException:  # no thread to be had
         session.leave()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import sys
 import threading
 import warnings
@@ -69,7 +70,7 @@ class Flight:
         torch = sys.modules.get("torch")
         inference = torch is not None and torch.is_inference_mode_enabled()
         self._mode = torch.inference_mode if torch is not None and inference else contextlib.nullcontext
-        self._guard = threading.Lock()
+        self._guard, self.pid = threading.Lock(), os.getpid()
         self._over, self._abandoned = threading.Event(), False
         on_device = request.layout is not None and bool(request.layout.devices)
         self._waits_for_caller = on_device or getattr(collective, "in_callers_thread", False)
@@ -129,7 +130,8 @@ _IN_THE_AIR: weakref.WeakSet[Flight] = weakref.WeakSet()
 @atexit.register
 def _end_flights() -> None:
     """End what is under way when the interpreter exits: a thread inside Gloo would take the process down with it."""
-    for flight in list(_IN_THE_AIR):
+    flights = [flight for flight in _IN_THE_AIR if flight.pid == os.getpid()]  # not those of a process forked from
+    for flight in flights:
         flight.give_up("the interpreter exits")
-    for flight in list(_IN_THE_AIR):
+    for flight in flights:
         flight.over_within(5.0)

@@ -174,5 +174,5 @@ def _scratch_like(out: Any) -> Any:
     kept = getattr(_OF_THREAD, "scratch", None)
     if kept is None or kept.shape[1] < out.numel():
         with torch.inference_mode(mode=False):  # it outlives the call
-            kept = _OF_THREAD.scratch = torch.empty((2, out.numel()), dtype=torch.float32)
+            kept = _OF_THREAD.scratch = torch.empty((2, out.numel()), dtype=torch.float32, device="cpu")
     return kept[:, : out.numel()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -129,12 +130,15 @@ def weights_by_node(
         sizes = [float(len(members)) for members in nodes]
         return [None] * len(nodes), None if len(set(sizes)) == 1 else sizes
     top = max(weights)  # lest their sums overflow
-    here: list[list[float] | None] = [[weights[rank] / top for rank in members] for members in nodes]
+    least = sys.float_info.min  # a weight may be very small, and is still not 0
+    scaled = [max(weight / top, least) if weight else 0.0 for weight in weights]
+    here: list[list[float] | None] = [[scaled[rank] for rank in members] for members in nodes]
     return here, [sum(inside or ()) for inside in here]
 
 
 class _Transit(NamedTuple):
     element: str
+    nbytes: int  # of the shard
     mine: Any  # (nodes, row bytes) in wide precision
     theirs: Any
     result: Any  # (nodes, row bytes)
@@ -152,8 +156,9 @@ class Crossing:
 
     def __init__(self, channel: Any, nbytes: int) -> None:
         self._channel, self._nbytes = channel, nbytes  # of the largest shard
-        self._memory: list[Any] = [None] * (2 * AHEAD + 1)
-        self._begun = 0
+        self._going: list[Any] = [None] * (AHEAD + 1)  # pairs: this node's mean, the others'
+        self._coming: list[Any] = [None] * (2 * AHEAD + 1)
+        self._begun = self._turned = 0
         self._over: deque[_Transit] = deque()
         self._back: deque[_Transit] = deque()
         self._timeout = 0.0
@@ -168,28 +173,29 @@ class Crossing:
     ) -> None:
         """Let ``fill`` write this node's mean of a shard, and start to exchange it with the other nodes."""
         self._timeout = timeout
-        nodes, slot = self._channel.size, self._begun % len(self._memory)
+        nodes, slot = self._channel.size, self._begun % len(self._going)
         self._begun += 1
-        if self._memory[slot] is None:  # eight-bit leaves are four times as wide on their way
-            self._memory[slot] = [np.empty(width * self._nbytes, np.uint8) for width in (4, 4, 1)]
+        if self._going[slot] is None:  # eight-bit leaves are four times as wide on their way
+            self._going[slot] = [np.empty(4 * self._nbytes, np.uint8) for _ in range(2)]
         broad = nbytes // bucket.itemsize * max(bucket.itemsize, 4)
-        mine, theirs, result = (
-            memory[:size].reshape(nodes, -1)
-            for memory, size in zip(self._memory[slot], (broad, broad, nbytes), strict=True)
-        )
+        mine, theirs = (memory[:broad].reshape(nodes, -1) for memory in self._going[slot])
         fill(mine.reshape(-1))
         wait = self._channel.exchange(mine, theirs, timeout)
-        self._over.append(_Transit(bucket.element, mine, theirs, result, between, wait))
+        self._over.append(_Transit(bucket.element, nbytes, mine, theirs, None, between, wait))
         if len(self._over) > AHEAD:
             self._turn()
 
     def _turn(self) -> None:
         """Average the oldest shard that is over, and share the result."""
-        transit = self._over.popleft().arrived()
+        transit, slot = self._over.popleft().arrived(), self._turned % len(self._coming)
+        self._turned += 1
+        if self._coming[slot] is None:
+            self._coming[slot] = np.empty(self._nbytes, np.uint8)
+        result = self._coming[slot][: transit.nbytes].reshape(self._channel.size, -1)
         here = self._channel.rank
         rows = [transit.mine[node] if node == here else transit.theirs[node] for node in range(self._channel.size)]
-        mean_into(transit.result[here], rows, transit.between, wide(transit.element), transit.element)
-        self._back.append(transit._replace(wait=self._channel.share(transit.result, self._timeout)))
+        mean_into(result[here], rows, transit.between, wide(transit.element), transit.element)
+        self._back.append(transit._replace(result=result, wait=self._channel.share(result, self._timeout)))
 
     def back(self, *, draining: bool) -> Any:
         """Return the mean over all nodes of the shard that went over first, (nodes, row bytes)."""

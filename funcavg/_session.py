@@ -6,6 +6,7 @@ One call at a time: a session is entered by the thread that averages and by nobo
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import weakref
 from collections import OrderedDict
@@ -89,7 +90,7 @@ class Session:
     def node(self, collective: Any, timeout: float) -> Node | None:
         """Return the ranks of this host that share memory; look for them at the first call, together with all ranks."""
         if not self._looked_for_node:
-            if hasattr(collective, "among"):
+            if hasattr(collective, "among") and sys.platform == "linux":
                 from funcavg.collectives.discovery import discover
 
                 self._node = discover(collective, timeout)

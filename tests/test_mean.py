@@ -131,3 +131,15 @@ assert "torch" not in sys.modules
     one, other = (subprocess.check_output([sys.executable, "-c", c], text=True) for c in (code, with_torch))
     assert one == other
     assert len(one.split()) == 9
+
+
+def test_two_narrow_shards_under_a_default_device():
+    def flat(tensor):
+        return tensor.view(torch.uint8).numpy()
+
+    shards = [torch.full((9,), float(i)).bfloat16() for i in range(2)]
+    out = torch.zeros(9, dtype=torch.bfloat16)
+    _mean._OF_THREAD.__dict__.clear()
+    with torch.device("meta"):
+        mean_into(flat(out), [flat(shard) for shard in shards], None, "bfloat16")
+    assert out.tolist() == [0.5] * 9

@@ -1,6 +1,5 @@
 """Communicators of every kind, over the MPI library that is installed."""
 
-import doctest
 import gc
 import os
 import re
@@ -324,16 +323,75 @@ def test_device_memory_is_handed_to_mpi_where_it_may_be():
     assert mpi.run_mpi(3, device_rows, FUNCAVG_MPI_GPU="1") == [[100, 101, 102]] * 3
 
 
-def doctests(comm):
-    from funcavg.collectives import mpi as over_mpi
+def different_words(comm):
+    """Ranks that see different environments take the same way, and that is the one which works on all."""
+    os.environ["FUNCAVG_MPI_GPU"] = str(comm.rank % 2)
+    average(1.0, comm, timeout=20)
+    return as_collective(comm).device_verbs("cuda") is None
 
-    return tuple(doctest.testmod(over_mpi))
+
+def test_ranks_agree_whether_mpi_is_aware_of_gpus():
+    assert mpi.run_mpi(3, different_words) == [True] * 3
 
 
-def test_where_mpi_is_aware_of_gpus():
-    ((failed, attempted),) = mpi.run_mpi(1, doctests)
-    assert failed == 0
-    assert attempted > 0
+def overlapping(comm):
+    """A collective of the user's own is under way while one rank is already in average: MPI must go on with it."""
+    x, y = np.ones(1_000_000), np.empty(1_000_000)
+    average(1.0, comm, timeout=20)
+    request = comm.Iallreduce(x, y)
+    if comm.rank == 0:
+        average(1.0, comm, timeout=5)
+    request.Wait()
+    if comm.rank != 0:
+        average(1.0, comm, timeout=5)
+    return y[-1]
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_what_the_user_has_under_way_goes_on(node):
+    assert mpi.run_mpi(3, overlapping, FUNCAVG_NODE=node) == [3.0] * 3
+
+
+def started_late(comm):
+    """The duplicate is begun in the user's thread, whenever the background gets to run."""
+    from funcavg.collectives.mpi import MPICollective
+
+    connected = MPICollective._connected
+
+    def late(self, timeout):
+        time.sleep(0.3 * comm.rank)
+        return connected(self, timeout)
+
+    MPICollective._connected = late
+    handle = start_average(float(comm.rank), comm, timeout=10)
+    y = np.empty(4)
+    comm.Iallreduce(np.ones(4), y).Wait()
+    return handle.wait(), y.tolist()
+
+
+def test_the_first_call_in_the_background_keeps_its_place_among_the_users():
+    assert mpi.run_mpi(2, started_late) == [(0.5, [2.0] * 4)] * 2
+
+
+def freed_under_way(comm):
+    group = comm.Dup()
+    average(1.0, group, timeout=20)
+    if comm.rank == 1:
+        time.sleep(0.5)
+    handle = start_average(np.ones(3), group, timeout=3)
+    if comm.rank == 0:
+        time.sleep(0.2)
+        as_collective(group).free()  # as group.Free() does, on this rank only
+        with pytest.raises((RuntimeError, PeerLostError), match="has given up|has been freed"):
+            handle.wait()
+    else:
+        with pytest.raises(PeerLostError):
+            handle.wait()
+    return True
+
+
+def test_a_communicator_freed_under_a_call():
+    assert mpi.run_mpi(2, freed_under_way, FUNCAVG_NODE="off") == [True] * 2
 
 
 @pytest.mark.parametrize("more", [{}, {"WORLD_SIZE": "2", "RANK": "0"}], ids=["", "for torch, too"])

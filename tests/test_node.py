@@ -20,7 +20,7 @@ from trees import assert_is_mean, bits
 from funcavg import average, start_average
 from funcavg._node_lane import weights_by_node
 from funcavg._session import session_of
-from funcavg.collectives import as_collective
+from funcavg.collectives import as_collective, discovery
 from funcavg.collectives.discovery import partition, slot_bytes
 from funcavg.collectives.node import schedule
 from funcavg.collectives.segment import Address, Segment, open_segment
@@ -124,7 +124,8 @@ def test_slots_stay_in_the_cache_and_rows_to_other_nodes_are_long():
     for ranks in range(1, 200):
         assert 256 << 10 <= slot_bytes([ranks]) <= 2 << 20
         assert (2 * ranks + 2) * slot_bytes([ranks]) <= max(16 << 20, (2 * ranks + 2) * (256 << 10))
-    assert slot_bytes([2, 2]) == 2 << 20
+    assert slot_bytes([2, 2]) == 1 << 20
+    assert slot_bytes([1, 1, 2]) == 512 << 10
     assert slot_bytes([8] * 16) == 4 << 20
 
 
@@ -147,6 +148,8 @@ def test_weights_within_nodes_and_between_them():
     assert weights_by_node([[0, 1, 2], [3]], None) == ([None, None], [3.0, 1.0])
     here, between = weights_by_node([[0, 1], [2, 3]], [1e308, 1e308, 0.0, 0.0])
     assert (here, between) == ([[1.0, 1.0], [0.0, 0.0]], [2.0, 0.0])
+    (tiny, _), _ = weights_by_node([[0, 1], [2, 3]], [1e-300, 0.0, 1e300, 1e300])
+    assert tiny[0] > tiny[1] == 0.0  # what is not 0 stays so
 
 
 # Nodes of all forms give the right mean
@@ -232,6 +235,10 @@ def without(rank, names, broken):
         os.memfd_create = lambda *args: (_ for _ in ()).throw(OSError(38, "Function not implemented"))
     if rank == 0 and broken == "memory":
         Segment.grow = _no_room(Segment.grow)
+    if rank == 0 and broken == "map":
+        Segment.map = lambda self, nbytes: (_ for _ in ()).throw(OSError(12, "Cannot allocate memory"))
+    if rank == 0 and broken == "reach":
+        discovery.open_segment = lambda address: None
     lines = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -260,6 +267,8 @@ def _no_room(grow):
         (["off", "", ""], "", [[0], [1, 2]], "FUNCAVG_NODE=off"),
         ([""] * 3, "memfd", [[0], [1, 2]], "Function not implemented"),
         ([""] * 3, "memory", None, "No space left on device"),
+        ([""] * 3, "map", [[0], [1, 2]], "Cannot allocate memory"),
+        ([""] * 3, "reach", [[0], [1, 2]], "is out of reach"),
         (["a", "a", "b"], "memory", None, "No space left on device"),
         (["a", "b", "b"], "memory", [[0], [1, 2]], ""),
     ],
@@ -308,6 +317,30 @@ class Squares(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         return torch.tensor(float(i * i))
+
+
+FORKS = """
+import os, sys
+import torch, torch.distributed as dist
+from funcavg import average, start_average
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=int(sys.argv[1]), world_size=2)
+average(torch.ones(3), timeout=20)
+if dist.get_rank() == 1:
+    import time; time.sleep(0.5)
+handle = start_average(torch.ones(3), timeout=20)
+child = os.fork()
+if child == 0:
+    sys.exit(0)
+_, status = os.waitpid(child, 0)
+handle.wait()
+os._exit(status != 0)
+"""
+
+
+def test_a_child_exits_while_its_parent_averages(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", FORKS]
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "store")]) for rank in range(2)]
+    assert [rank.wait(60) for rank in ranks] == [0, 0]
 
 
 def loads_data(rank):
@@ -415,8 +448,6 @@ def test_start_average_while_ddp_trains_on_the_same_group():
 
 def small_slots(rank):
     """Leaves that cross many small buckets."""
-    from funcavg.collectives import discovery
-
     discovery.slot_bytes = lambda sizes: 4096
     leaves = [torch.arange(10_000.0) + rank, np.arange(7777.0) * rank, torch.full((33, 77), float(rank)).T]
     result = average(leaves, timeout=20)

@@ -41,8 +41,10 @@ def slot_bytes(sizes: Sequence[int]) -> int:
     """
     fitting = (16 << 20) // (2 * max(sizes) + 2)
     nbytes = min(max(1 << fitting.bit_length() - 1, 256 << 10), 2 << 20)
-    rows = len(sizes) * min(sizes)
-    return nbytes if len(sizes) == 1 else min(max(nbytes, rows * (32 << 10)), 4 << 20)
+    if len(sizes) == 1:
+        return nbytes
+    shards = min(sizes)  # each has buffers for several buckets on their way
+    return min(max(min(nbytes, shards * (512 << 10)), shards * len(sizes) * (32 << 10)), 4 << 20)
 
 
 def partition(reach: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -69,23 +71,23 @@ def discover(transport: Rows, timeout: float) -> Node | None:
         if segment is not None:
             descriptors.callback(segment.close)
             # Others may be done, and wait for this rank's word.
-            word = segment.map(HEADER)[:8].view(np.int64)
-            unless_done.callback(word.fill, POISON)
+            unless_done.callback(segment.word.fill, POISON)
         _points.reached("created")
         about = _gather(transport, _describe(segment), timeout)  # round 1
         _points.reached("published")
 
-        opened: dict[int, tuple[int, int | None]] = {}
+        opened, pidfds = dict[int, int](), dict[int, int]()
+        watches.callback(_close_all, pidfds)
         for peer, (can, address, place) in enumerate(about):
             if segment is None or peer == transport.rank or not can or place != about[transport.rank][2]:
                 continue
             pidfd = watch(address.pid)  # first, lest it watch a process that has only reused the number
             if pidfd is not None:
-                watches.callback(os.close, pidfd)
+                pidfds[peer] = pidfd
             descriptor = open_segment(address)
             if descriptor is not None:
                 descriptors.callback(os.close, descriptor)
-                opened[peer] = descriptor, pidfd
+                opened[peer] = descriptor
             else:
                 why = f"rank {peer}'s memory is out of reach (another user's, or another container's)"
         mine = np.array([peer in opened or peer == transport.rank for peer in range(transport.size)], np.uint8)
@@ -106,7 +108,7 @@ def discover(transport: Rows, timeout: float) -> Node | None:
             memory = _attach(transport.rank, lone, slot, None, {})
         nodes = sorted(attached + lone)
         members = next(members for members in nodes if transport.rank in members)
-        kept = {peer: os.dup(pidfd) for peer, (_, pidfd) in opened.items() if pidfd is not None and peer in members}
+        kept = {peer: pidfds.pop(peer) for peer in members if peer in pidfds}
         node = Node(transport, nodes, memory, kept)
         unless_done.pop_all()
     shared = sum(len(members) > 1 for members in node.nodes)
@@ -118,9 +120,14 @@ def discover(transport: Rows, timeout: float) -> Node | None:
     return node if shared else None
 
 
+def _close_all(descriptors: Mapping[int, int]) -> None:
+    for descriptor in descriptors.values():
+        os.close(descriptor)
+
+
 def _create() -> tuple[Segment | None, str]:
     """Make this rank's segment, or say why there is none."""
-    if os.environ.get("FUNCAVG_NODE") == "off":
+    if os.environ.get("FUNCAVG_NODE", "").lower() == "off":
         return None, "off on this rank: FUNCAVG_NODE=off"
     try:
         return Segment(), ""
@@ -148,7 +155,7 @@ def _attach(
     nodes: Sequence[Sequence[int]],
     slot: int,
     segment: Segment | None,
-    opened: Mapping[int, tuple[int, int | None]],
+    opened: Mapping[int, int],
 ) -> list[Buffer]:
     """Map the memory of all ranks of this node: a header and two in-slots, and of the first two out-slots, too."""
     members = next(members for members in nodes if rank in members)
@@ -160,5 +167,5 @@ def _attach(
     own = segment.map(mine)
     own[HEADER:] = 0  # touched first by this rank, so that it lies near
     return [
-        own if peer == rank else map_segment(opened[peer][0], size) for peer, size in zip(members, nbytes, strict=True)
+        own if peer == rank else map_segment(opened[peer], size) for peer, size in zip(members, nbytes, strict=True)
     ]

@@ -14,7 +14,7 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,9 +23,10 @@ from mpi4py import MPI
 
 from funcavg._errors import PeerLostError
 from funcavg.collectives.base import Pending
+from funcavg.collectives.gpu_aware import is_gpu_aware
 from funcavg.collectives.rows import Patience, Rows, Ways
 
-__all__ = ["MPICollective", "MPIDeviceVerbs", "collective_of", "is_gpu_aware"]
+__all__ = ["MPICollective", "MPIDeviceVerbs", "collective_of"]
 
 _LEAKED: list[Any] = []
 
@@ -93,6 +94,7 @@ class MPICollective(Rows):
         self.in_callers_thread = MPI.Query_thread() < MPI.THREAD_MULTIPLE
         self._users: MPI.Comm | None = comm
         self._comm: Any = None
+        self._duplicating: Any = None  # the duplicate and the number of its request, while it is made
         self._under_way: dict[int, Any] = {}  # requests and their buffers, by number
         self._numbers = itertools.count()
         self._freed_by_finalize = any(MPI.Comm.Compare(comm, c) == MPI.IDENT for c in (MPI.COMM_WORLD, MPI.COMM_SELF))
@@ -101,14 +103,22 @@ class MPICollective(Rows):
     def __repr__(self) -> str:
         return f"<rank {self.rank} of {self.size} of an MPI communicator>"
 
+    def introduce(self) -> None:
+        """Start to duplicate the user's communicator, which is an operation on it: in his thread, in his order."""
+        if self._users is not None and self._comm is None and self._duplicating is None:
+            with self._translate_errors():
+                duplicate, request = self._users.Idup()
+            self._duplicating = duplicate, self._keep([request], duplicate)
+
     def _connected(self, timeout: float) -> Any:
         """Return the duplicate; make it with the other ranks at the first call."""
         if self._comm is None:
-            assert self._users is not None
+            self.introduce()
+            if self._duplicating is None:
+                raise RuntimeError("average: the MPI communicator has been freed while a call was under way on it")
             everyone = "all ranks to call average on this communicator"
-            with self._translate_errors():
-                duplicate, request = self._users.Idup()
-            self._finish(self._keep([request], duplicate), [], timeout, everyone)
+            duplicate, number = self._duplicating
+            self._finish(number, [], timeout, everyone)
             duplicate.Set_errhandler(MPI.ERRORS_RETURN)
             # Ranks may see different environments, and must take the same way.
             aware = np.array([is_gpu_aware(_memory_kinds(), os.environ)], np.int8)
@@ -116,19 +126,21 @@ class MPICollective(Rows):
                 request = duplicate.Iallreduce(MPI.IN_PLACE, [aware, MPI.SIGNED_CHAR], MPI.MIN)
             self._finish(self._keep([request], aware), [], timeout, everyone)
             self._gpu_aware = bool(aware[0])
-            self._comm, self._users = duplicate, None
+            self._comm, self._users, self._duplicating = duplicate, None, None
         return self._comm
 
     def free(self) -> None:
         """Free the duplicate, together with all ranks; MPI_Finalize sees to those of the predefined communicators."""
-        comm, self._comm = self._comm, None
+        if self._under_way:  # it was a mistake to free it now, of which the call under way will tell
+            self.abort()
+        comm, self._comm, self._users = self._comm, None, None
         if comm is not None and not self._freed_by_finalize:
             comm.Free()
 
     def abort(self) -> None:
         """Leave the duplicate alone for good: requests that nobody waits for any more are pending on it."""
         _LEAKED.append((self._comm, self._under_way))
-        self._comm, self._under_way = None, {}
+        self._comm, self._users, self._duplicating, self._under_way = None, None, None, {}
 
     @contextmanager
     def _translate_errors(self) -> Iterator[None]:
@@ -146,9 +158,14 @@ class MPICollective(Rows):
 
     def _finish(self, number: int, peers: Sequence[int], timeout: float, what: str = "") -> None:
         """Poll requests until all are complete. ``peers`` are those of the first ones, for the error to name."""
-        requests, patience = self._under_way[number][0], Patience(timeout)
+        patience = Patience(timeout)
         with self._translate_errors():
-            while not MPI.Request.Testall(requests):
+            while True:
+                if number not in self._under_way:
+                    raise PeerLostError(f"rank {self.rank} of {self.size} has given up.")
+                requests = self._under_way[number][0]
+                if MPI.Request.Testall(requests):
+                    break
                 if patience.pause() and patience.is_over():
                     late = [p for p, request in zip(peers, requests, strict=False) if not request.Get_status()]
                     what = what or f"rank(s) {', '.join(map(str, sorted(set(late or peers))))}"
@@ -156,6 +173,11 @@ class MPICollective(Rows):
                         f"rank {self.rank} of {self.size} waited {patience.waited:.1f} s of {timeout:g} s for {what}."
                     )
         del self._under_way[number]
+
+    def progress(self) -> None:
+        """Let MPI work on operations of the user's own that are under way: it does so in calls only."""
+        if self._comm is not None:
+            self._comm.Iprobe()
 
     def transfer(self, send: Ways, receive: Ways, timeout: float, *, channel: bool = False) -> Pending:
         """Start sends and receives. MPI keeps messages between two ranks in order, those of each tag apart."""
@@ -200,42 +222,6 @@ def _synchronise(ways: Ways) -> None:
 
     for device in {row.device for _, row in ways if row.device.type != "cpu"}:
         getattr(torch, device.type).current_stream(device).synchronize()
-
-
-def is_gpu_aware(memory_kinds: str, environ: Mapping[str, str]) -> bool:
-    """Decide whether device buffers can be handed to MPI: a pure function.
-
-    ``FUNCAVG_MPI_GPU`` (1 or 0) decides if it is set; else what the library says of itself, which is MPI 4.1's
-    ``mpi_memory_alloc_kinds``; and where it says nothing, the variables by which libraries are told to be GPU-aware.
-
-    >>> is_gpu_aware("system,mpi", {}), is_gpu_aware("system,mpi,cuda:device", {})
-    (False, True)
-    >>> is_gpu_aware("", {"MPICH_GPU_SUPPORT_ENABLED": "1"}), is_gpu_aware("mpi", {"MPIR_CVAR_ENABLE_GPU": "1"})
-    (True, False)
-    >>> is_gpu_aware("system,mpi", {"FUNCAVG_MPI_GPU": "True"}), is_gpu_aware("cuda", {"FUNCAVG_MPI_GPU": "0"})
-    (True, False)
-    """
-    override = environ.get("FUNCAVG_MPI_GPU", "")
-    if override:
-        if override.lower() not in (*YES, *NO):
-            raise ValueError(f"average: FUNCAVG_MPI_GPU must be 1 or 0, got {override!r}")
-        return override.lower() in YES
-    if memory_kinds:
-        return not {kind.partition(":")[0] for kind in memory_kinds.split(",")}.isdisjoint(GPU_KINDS)
-    return any(environ.get(name, "").lower() in YES for name in GPU_SWITCHES)
-
-
-YES, NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
-GPU_KINDS = ("cuda", "rocm", "level_zero")
-GPU_SWITCHES = (
-    "MPICH_GPU_SUPPORT_ENABLED",  # Cray MPICH
-    "MPIR_CVAR_ENABLE_GPU",  # MPICH
-    "OMPI_MCA_opal_cuda_support",  # Open MPI
-    "MV2_USE_CUDA",  # MVAPICH2
-    "MVP_USE_CUDA",  # MVAPICH
-    "I_MPI_OFFLOAD",  # Intel MPI
-    "PSP_CUDA",  # ParaStation MPI
-)
 
 
 def _memory_kinds() -> str:

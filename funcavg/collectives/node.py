@@ -75,7 +75,7 @@ class Node:
         self._transport, self._gathered = weakref.ref(transport), 0  # weak: the session of a transport keeps its node
         self._rank, self._group_size = transport.rank, transport.size
         self._memory = memory
-        self._ticks = 0
+        self._ticks, self._closed, self._pid = 0, False, os.getpid()
         words = [buffer[:8].view(np.int64) for buffer in memory]
         self._word = words[self.index]
         self._others = [(peer, word) for peer, word in zip(members, words, strict=True) if peer != transport.rank]
@@ -108,6 +108,8 @@ class Node:
 
         A word that says POISON, or one whose process has ended, will never be there.
         """
+        if self._closed:
+            raise PeerLostError(f"{self._me()} has given up.")
         self._ticks += 1
         fence()  # what was written to slots is there before the word says so
         self._word[0] = self._ticks
@@ -119,6 +121,9 @@ class Node:
                 patience = patience or Patience(timeout)
                 if patience.pause():
                     self._look_for_trouble(peer, word, patience)
+                    transport = self._transport()
+                    if transport is not None:  # lest one wait in vain for this rank to do its part in something else
+                        transport.progress()
         fence()  # and nothing is read from slots before it has said so
 
     def _look_for_trouble(self, peer: int, word: Any, patience: Patience) -> None:
@@ -126,7 +131,8 @@ class Node:
         if pidfd is not None:
             poll = select.poll()
             poll.register(pidfd, select.POLLIN)
-            if poll.poll(0) and word.item() < self._ticks:  # it may have come, and ended afterwards
+            ended = any(events & select.POLLIN for _, events in poll.poll(0))
+            if ended and word.item() < self._ticks:  # it may have come, and ended afterwards
                 raise PeerLostError(f"{self._me()} waited for rank {peer} on this host, whose process has ended.")
         if patience.is_over():
             # One that has given up may have waited for the same ranks, and only a little less long.
@@ -142,8 +148,10 @@ class Node:
 
     def close(self) -> None:
         """Let nobody wait for this rank, and never use the memory again."""
-        self._word[0] = POISON
-        self._let_go()
+        if os.getpid() == self._pid:  # in a forked child it is not even there
+            self._closed = True
+            self._word[0] = POISON
+            self._let_go()
 
 
 def _close(pidfds: Sequence[int], pid: int) -> None:

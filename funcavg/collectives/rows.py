@@ -17,6 +17,7 @@ from funcavg.collectives.base import Buffer, Pending
 
 __all__ = ["Channel", "Patience", "Rows"]
 
+YIELD = getattr(os, "sched_yield", lambda: time.sleep(0))
 Ways = Sequence[tuple[int, Any]]  # (peer, flat bytes)
 
 
@@ -34,6 +35,9 @@ class Rows:
         Transfers between two ranks match in the order of their starts, those of channels apart from the others.
         """
         raise NotImplementedError
+
+    def progress(self) -> None:
+        """Let the transport work on what others have under way with this rank, while it waits for something else."""
 
     def among(self, ranks: Sequence[int]) -> Rows:
         """Return the collective of some of the ranks, this one among them. A rank is in one such collective at most."""
@@ -102,7 +106,7 @@ class Patience:
         if self._rounds <= 20:
             return False
         if self._rounds <= 200:
-            os.sched_yield()
+            YIELD()
             return False
         time.sleep(self._nap)
         self._nap = min(1.1 * self._nap, 1e-3)

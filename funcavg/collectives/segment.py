@@ -41,6 +41,7 @@ class Segment:
         self.address = Address(os.getpid(), self.descriptor, nonce)
         try:
             self.grow(HEADER)
+            self.word = self.map(HEADER)[:8].view(np.int64)  # which peers watch
         except BaseException:
             self.close()
             raise
