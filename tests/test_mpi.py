@@ -323,6 +323,30 @@ def test_device_memory_is_handed_to_mpi_where_it_may_be():
     assert mpi.run_mpi(3, device_rows, FUNCAVG_MPI_GPU="1") == [[100, 101, 102]] * 3
 
 
+def waits_for_the_stream(comm):
+    """What the current stream writes must be there before MPI, which knows no streams, reads it."""
+    from funcavg.collectives import mpi as over_mpi
+
+    done = []
+
+    class Row:
+        device = torch.device("cuda", 0)
+
+    class Stream:
+        def synchronize(self):
+            done.append("synchronised")
+
+    torch.cuda.current_stream = lambda device: Stream()
+    lane = over_mpi.MPIDeviceVerbs(as_collective(comm))
+    lane._owner.transfer = lambda *args, **kwargs: done.append("sent")
+    lane.transfer([(0, Row())], [], 1.0)
+    return done
+
+
+def test_the_stream_is_synchronised_before_device_memory_is_sent():
+    assert mpi.run_mpi(1, waits_for_the_stream) == [["synchronised", "sent"]]
+
+
 def different_words(comm):
     """Ranks that see different environments take the same way, and that is the one which works on all."""
     os.environ["FUNCAVG_MPI_GPU"] = str(comm.rank % 2)

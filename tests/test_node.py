@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from collections import deque
 from pathlib import Path
 
@@ -141,6 +142,44 @@ def test_a_segment_is_opened_by_those_who_know_it_only():
         assert open_segment(Address(2**22 + 1, 3, address.nonce)) is None
     finally:
         segment.close()
+
+
+def test_a_segment_of_another_user_is_left_alone(monkeypatch):
+    segment = Segment()
+    try:
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        assert open_segment(segment.address) is None
+    finally:
+        segment.close()
+
+
+def test_a_segments_memory_is_reserved():
+    """Else, where memory is short, the first write to it dies of SIGBUS."""
+    segment = Segment()
+    try:
+        segment.grow(1 << 20)
+        assert os.fstat(segment.descriptor).st_blocks * 512 >= 1 << 20
+    finally:
+        segment.close()
+
+
+def gathers_fast_and_slow(rank):
+    average(1.0, timeout=20)
+    node = session_of(as_collective())._node
+    meet = node.meet
+
+    def dawdle(timeout):
+        meet(timeout)
+        if rank == 1:
+            time.sleep(0.2)
+
+    node.meet = dawdle
+    return [node.gather(payload + bytes([rank]), 20) for payload in (b"one", b"two", b"six")]
+
+
+def test_a_fast_rank_does_not_overwrite_what_a_slow_one_still_reads():
+    wanted = [[payload + b"\0", payload + b"\1"] for payload in (b"one", b"two", b"six")]
+    assert run_processes(2, gathers_fast_and_slow) == [wanted] * 2
 
 
 def test_weights_within_nodes_and_between_them():
