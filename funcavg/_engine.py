@@ -43,15 +43,17 @@ def move(request: Request, agreement: Agreement, collective: Collective, session
     for i in layout.special:
         carriers[i] = families[i].carrier(leaves[i])
     with _spending(session, collective):
-        if request.donate:
+        if request.donate and all([family.mutable for family in layout.members]):
             results = carriers
         else:
-            results = [None if i in ties else family.fresh(leaves[i]) for i, family in enumerate(families)]
+            results = [
+                carriers[i] if request.donate and family.mutable else None if i in ties else family.fresh(leaves[i])
+                for i, family in enumerate(families)
+            ]
         if collective.size == 1:
-            if not request.donate:
-                for i, family in enumerate(families):
-                    if i not in ties:
-                        family.copy([results[i]], [carriers[i]])
+            for i, family in enumerate(families):
+                if i not in ties and results[i] is not carriers[i]:
+                    family.copy([results[i]], [carriers[i]])
         else:
             # Results are private until they are returned. Donated memory is not: it must not change after an error.
             land_in_results = not request.donate or getattr(collective, "stops_on_error", False)
@@ -68,16 +70,16 @@ def _finish(request: Request, leaves: Sequence[Any], results: Sequence[Any], tie
     for i in layout.special:
         if i not in ties:
             finished[i] = layout.families[i].finish(leaves[i], results[i])
-    if request.donate:
-        return [
-            leaf if family.mutable else finished[i]
-            for i, (leaf, family) in enumerate(zip(leaves, layout.families, strict=True))
-        ]
     tied = {id(leaves[original]): finished[original] for original in ties.values()}
     for i, original in ties.items():
         if id(leaves[i]) not in tied:  # another view of the same memory
             tied[id(leaves[i])] = layout.families[i].tie(leaves[i], finished[original])
         finished[i] = tied[id(leaves[i])]
+    if request.donate:
+        finished = [
+            leaf if family.mutable else result
+            for leaf, family, result in zip(leaves, layout.families, finished, strict=True)
+        ]
     return finished
 
 

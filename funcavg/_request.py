@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import optree
 
 from funcavg import _tree
 from funcavg._agree import Claim, digest
@@ -46,7 +45,7 @@ class Request(NamedTuple):
     """One rank's side of a call."""
 
     everything: Sequence[Any]  # leaves, averaged or not
-    spec: optree.PyTreeSpec
+    spec: _tree.Spec
     layout: Layout | None  # None if there is an error
     claim: Claim
     ties: dict[int, int]  # averaged leaf -> the first with the same memory
@@ -70,7 +69,7 @@ class Request(NamedTuple):
 
 def make_request(
     everything: Sequence[Any],
-    spec: optree.PyTreeSpec,
+    spec: _tree.Spec,
     *,
     weight: Any = None,
     where: Where | None = None,
@@ -115,7 +114,7 @@ def failed_request(mistake: Exception) -> Request:
     return Request((), spec, None, Claim(bytes(16), (), bytes(16), error=mistake), {}, donate=False)
 
 
-def _accepted(spec: optree.PyTreeSpec, where: Where) -> frozenset[int]:
+def _accepted(spec: _tree.Spec, where: Where) -> frozenset[int]:
     if not callable(where):
         raise TypeError(f"where must be a function of a path, got {where!r} of type {type(where).__name__}.")
     accepted: list[int] = []
@@ -148,7 +147,7 @@ _LAYOUTS: OrderedDict[Hashable, Layout] = OrderedDict()
 LAYOUTS = 32  # remembered
 
 
-def _layout_of(everything: Sequence[Any], spec: optree.PyTreeSpec, only: frozenset[int] | None) -> Layout:
+def _layout_of(everything: Sequence[Any], spec: _tree.Spec, only: frozenset[int] | None) -> Layout:
     types = tuple(map(type, everything))
     by_type = {kind: family_of(leaf) for kind, leaf in dict(zip(types, everything, strict=True)).items()}
     families = [by_type[kind] for kind in types]
@@ -173,7 +172,7 @@ def _layout_of(everything: Sequence[Any], spec: optree.PyTreeSpec, only: frozens
 
 
 def _describe_all(
-    everything: Sequence[Any], families: list[Family], spec: optree.PyTreeSpec, only: frozenset[int] | None
+    everything: Sequence[Any], families: list[Family], spec: _tree.Spec, only: frozenset[int] | None
 ) -> Layout:
     names = _tree.names(spec)
     lines, bad, averaged, leaves = [], [], [], []
@@ -250,7 +249,8 @@ def _check_donation(layout: Layout, leaves: Sequence[Any], addresses: Sequence[i
             reason = family.refuse_donation(leaves[i])
             if reason is not None:
                 raise ValueError(f"donate=True, but {layout.name(i)} is {reason}. Pass donate=False, or a copy of it.")
-    kept = np.array([i for i in range(len(leaves)) if i not in ties]) if ties else np.arange(len(leaves))
+    mutable = [i for i, family in enumerate(layout.families) if family.mutable and i not in ties]
+    kept = np.array(mutable, np.int64)
     spans = layout.spans[kept] + np.array(addresses, np.int64)[kept, None]
     order = np.argsort(spans[:, 0], kind="stable")
     begins, ends = spans[order, 0], np.maximum.accumulate(spans[order, 1])

@@ -17,8 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import optree
-
 from funcavg import _tree
 from funcavg._arrays import is_dtensor
 from funcavg._engine import move, reach_agreement
@@ -43,7 +41,7 @@ def is_transformed(everything: Sequence[Any]) -> bool:
 
 def average_differentiably(
     everything: Sequence[Any],
-    spec: optree.PyTreeSpec,
+    spec: _tree.Spec,
     collective: Collective,
     session: Session,
     weight: Any,
@@ -85,7 +83,7 @@ class _Step:
     """One average of the tensors at some positions of a tree; its derivatives are averages at the same positions."""
 
     everything: Sequence[Any]
-    spec: optree.PyTreeSpec
+    spec: _tree.Spec
     positions: Sequence[int]  # of tensors that torch's rules see
     dtensors: Mapping[int, Any]
     only: frozenset[int] | None  # positions that `where` accepts: `positions`, and those of other kinds of leaves

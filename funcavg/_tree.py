@@ -1,38 +1,99 @@
 """Trees: flatten, rebuild, and the names of leaves.
 
 optree does the walking. Plain dicts are flattened by sorted key, so their order never matters; the order of an
-``OrderedDict``, a list or a dataclass is part of the tree. ``None`` is structure, not a leaf.
+``OrderedDict``, a list or a dataclass is part of the tree. ``None`` is structure, not a leaf. What only JAX knows how
+to walk (Equinox modules, ``flax.struct``) is walked by JAX.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import optree
 
-__all__ = ["ROOT", "flatten", "names", "paths", "unflatten"]
+__all__ = ["ROOT", "Spec", "flatten", "names", "paths", "unflatten"]
 
 ROOT = "params_tree"
 
 Path = tuple[Any, ...]
 
 
-def flatten(tree: Any) -> tuple[list[Any], optree.PyTreeSpec]:
+class Spec(NamedTuple):
+    """A tree without its leaves."""
+
+    outer: optree.PyTreeSpec
+    inner: tuple[tuple[int, Any], ...] = ()  # (which leaf of it, JAX's PyTreeDef) of containers that JAX walks
+
+
+def flatten(tree: Any) -> tuple[list[Any], Spec]:
     """Return the leaves of ``tree`` and the structure to rebuild it with."""
-    leaves, spec = optree.tree_flatten(tree)
-    return leaves, spec
+    leaves, outer = optree.tree_flatten(tree)
+    jax = sys.modules.get("jax")
+    foreign = set() if jax is None else {kind for kind in set(map(type, leaves)) if _may_be_walked_by_jax(kind)}
+    if not foreign:
+        return leaves, Spec(outer)
+    everything: list[Any] = []
+    inner: list[tuple[int, Any]] = []
+    for i, leaf in enumerate(leaves):
+        if type(leaf) in foreign and not jax.tree_util.all_leaves([leaf]):
+            found, treedef = jax.tree_util.tree_flatten(leaf)
+            everything += found
+            inner.append((i, treedef))
+        else:
+            everything.append(leaf)
+    return everything, Spec(outer, tuple(inner))
 
 
-def unflatten(spec: optree.PyTreeSpec, leaves: list[Any]) -> Any:
+def _may_be_walked_by_jax(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] not in ("builtins", "numpy", "torch", "jaxlib", "ml_dtypes")
+
+
+def unflatten(spec: Spec, leaves: Sequence[Any]) -> Any:
     """Rebuild a tree: the containers of ``spec``, key order kept, around ``leaves``."""
-    return optree.tree_unflatten(spec, leaves)
+    if spec.inner:
+        leaves = [whole if treedef is None else treedef.unflatten(whole) for treedef, whole in _by_leaf(spec, leaves)]
+    return optree.tree_unflatten(spec.outer, leaves)
 
 
-def paths(spec: optree.PyTreeSpec) -> list[Path]:
-    """Return the path of every leaf: a tuple of dict keys and positions (for ``where``)."""
-    return spec.paths()
+def _by_leaf(spec: Spec, leaves: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    """Yield (None, leaf) for every leaf of the outer structure, but (treedef, its leaves) where JAX has walked on."""
+    walked, remaining = dict(spec.inner), iter(leaves)
+    for i in range(spec.outer.num_leaves):
+        treedef = walked.get(i)
+        if treedef is None:
+            yield None, next(remaining)
+        else:
+            yield treedef, [next(remaining) for _ in range(treedef.num_leaves)]
 
 
-def names(spec: optree.PyTreeSpec) -> list[str]:
+def paths(spec: Spec) -> list[Path]:
+    """Return the path of every leaf: a tuple of dict keys, attributes and positions (for ``where``)."""
+    return _extended(spec, spec.outer.paths(), lambda path, keys: path + tuple(map(_plain_key, keys)))
+
+
+def names(spec: Spec) -> list[str]:
     """Return every leaf as one would write it, such as ``params_tree['layer1']['weight']``."""
-    return [accessor.codify(ROOT) for accessor in spec.accessors()]
+    outer = [accessor.codify(ROOT) for accessor in spec.outer.accessors()]
+    return _extended(spec, outer, lambda name, keys: name + sys.modules["jax"].tree_util.keystr(keys))
+
+
+def _extended(spec: Spec, outer: list[Any], extend: Any) -> list[Any]:
+    """Return ``outer``, what is known of each leaf of the outer structure, for all leaves."""
+    if not spec.inner:
+        return outer
+    walked, extended = dict(spec.inner), []
+    for i, stem in enumerate(outer):
+        if i in walked:
+            hollow = walked[i].unflatten([0] * walked[i].num_leaves)
+            flat, _ = sys.modules["jax"].tree_util.tree_flatten_with_path(hollow)
+            extended += [extend(stem, keys) for keys, _ in flat]
+        else:
+            extended.append(stem)
+    return extended
+
+
+def _plain_key(key: Any) -> Any:
+    """Return what one of JAX's key types holds."""
+    return next(getattr(key, name) for name in ("name", "idx", "key") if hasattr(key, name))

@@ -26,11 +26,7 @@ class _Unsupported(Family):
         return object()  # never remembered
 
     def describe(self, leaf: Any) -> Leaf:
-        jax, torch = sys.modules.get("jax"), sys.modules.get("torch")
-        if jax is not None and isinstance(leaf, jax.Array):
-            raise TypeError(
-                f"JAX array of dtype {leaf.dtype} (JAX leaves are not supported yet; pass np.asarray(leaf))"
-            )
+        torch = sys.modules.get("torch")
         if torch is not None and isinstance(leaf, torch.nn.Module):
             cure = "pass dict(module.named_parameters()) or module.state_dict()"
             raise TypeError(f"{type(leaf).__name__}, a torch.nn.Module ({cure})")
@@ -48,7 +44,7 @@ def family_of(leaf: Any) -> Family:
     kind = type(leaf)
     family = _FAMILIES.get(kind)
     if family is None:
-        family = _FAMILIES[kind] = _find_family(kind)
+        family = _FAMILIES[kind] = _find_family(leaf)
     return family
 
 
@@ -58,7 +54,8 @@ def is_dtensor(leaf: Any) -> bool:
     return dtensor is not None and isinstance(leaf, dtensor.DTensor)
 
 
-def _find_family(kind: type) -> Family:
+def _find_family(leaf: Any) -> Family:
+    kind = type(leaf)
     if issubclass(kind, (bool, int)):
         return _INTEGERS
     if issubclass(kind, (float, complex, np.number, np.bool_)):
@@ -72,7 +69,17 @@ def _find_family(kind: type) -> Family:
         return _torch_family(
             is_dtensor=issubclass(kind, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
         )
+    jax = sys.modules.get("jax")
+    if jax is not None and isinstance(leaf, jax.Array):  # by JAX's rules, which a class alone does not tell
+        return _jax_family(is_key=jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key))
     return _UNSUPPORTED
+
+
+@functools.cache
+def _jax_family(*, is_key: bool) -> Family:
+    from funcavg._arrays.jax import JaxArrays, JaxKeys
+
+    return JaxKeys() if is_key else JaxArrays()
 
 
 @functools.cache
