@@ -30,7 +30,7 @@ class Spec(NamedTuple):
 def flatten(tree: Any) -> tuple[list[Any], Spec]:
     """Return the leaves of ``tree`` and the structure to rebuild it with."""
     leaves, outer = optree.tree_flatten(tree)
-    jax = sys.modules.get("jax")
+    jax: Any = sys.modules.get("jax")
     foreign = set() if jax is None else {kind for kind in set(map(type, leaves)) if _may_be_walked_by_jax(kind)}
     if not foreign:
         return leaves, Spec(outer)
