@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any, TypeVar, cast
 
 from funcavg import _tree
+from funcavg._axis import average_over_axis, is_axis
 from funcavg._engine import carry_out
 from funcavg._handle import Flight, Handle
+from funcavg._jax_primitive import average_traced, finish_what_is_traced, is_traced
 from funcavg._request import Where, failed_request, make_request
 from funcavg._session import session_of
 from funcavg._transforms import average_differentiably, is_transformed
@@ -93,6 +95,8 @@ def average(
         Stich, `Local SGD Converges Fast and Communicates Little <https://arxiv.org/abs/1805.09767>`_, ICLR 2019.
     """
     seconds = _check_timeout(timeout, "average")
+    if is_axis(group):
+        return cast("T", average_over_axis(params_tree, group, weight, where))
     collective = as_collective(group)
     if collective is None:
         return params_tree
@@ -102,11 +106,14 @@ def average(
     except Exception as mistake:  # a container that cannot be walked
         request = failed_request(mistake)
     else:
+        if is_traced(everything, weight):
+            return cast("T", average_traced(everything, spec, collective, session, weight, where, seconds))
         if is_transformed(everything):
             return cast(
                 "T", average_differentiably(everything, spec, collective, session, weight, where, donate, seconds)
             )
         request = make_request(everything, spec, weight=weight, where=where, donate=donate)
+    finish_what_is_traced()
     with session.entered("average"):
         results = carry_out(request, collective, session, seconds)
     return cast("T", request.rebuild(results))
@@ -164,6 +171,8 @@ def start_average(
         [{'w': array([0.5])}, {'w': array([0.5])}]
     """
     seconds = _check_timeout(timeout, "start_average")
+    if is_axis(group):
+        raise RuntimeError(f"start_average: group={group!r} is an axis name; under JAX transformations use average")
     collective = as_collective(group)
     if collective is None:
         return Handle(params_tree)
@@ -173,12 +182,15 @@ def start_average(
     except Exception as mistake:
         request = failed_request(mistake)
     else:
+        if is_traced(everything, weight):
+            raise RuntimeError("start_average: not inside JAX's transformations; use average")
         if is_transformed(everything):
             raise RuntimeError(
                 "start_average: not under torch.func transforms, nor for leaves that require grad while gradients are "
                 "recorded. Call it under torch.no_grad(), or use average."
             )
         request = make_request(everything, spec, weight=weight, where=where, donate=donate)
+    finish_what_is_traced()
     session.enter("start_average")
     try:
         if hasattr(collective, "introduce"):

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from funcavg._arrays.base import Family, Leaf, type_name
-from funcavg._arrays.numpy import Integers, NumpyArrays, Scalars, is_averaged
+from funcavg._arrays.numpy import Integers, NumpyArrays, Scalars, StandIn, StandIns, is_averaged
 
-__all__ = ["Family", "Leaf", "family_of", "is_dtensor"]
+__all__ = ["Family", "Leaf", "StandIn", "family_of", "is_dtensor"]
 
 
 class _Unsupported(Family):
@@ -71,15 +71,18 @@ def _find_family(leaf: Any) -> Family:
         )
     jax = sys.modules.get("jax")
     if jax is not None and isinstance(leaf, jax.Array):  # by JAX's rules, which a class alone does not tell
-        return _jax_family(is_key=jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key))
-    return _UNSUPPORTED
+        if isinstance(leaf, jax.core.Tracer):  # of arrays and of keys: one class
+            return _jax_family("JaxTracers")
+        return _jax_family("JaxKeys" if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else "JaxArrays")
+    return StandIns() if kind is StandIn else _UNSUPPORTED
 
 
 @functools.cache
-def _jax_family(*, is_key: bool) -> Family:
-    from funcavg._arrays.jax import JaxArrays, JaxKeys
+def _jax_family(name: str) -> Family:
+    from funcavg._arrays import jax as families
 
-    return JaxKeys() if is_key else JaxArrays()
+    family: Family = getattr(families, name)()
+    return family
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import numpy as np
 from funcavg._arrays.base import Leaf
 from funcavg._arrays.numpy import NumpyArrays, is_averaged
 
-__all__ = ["JaxArrays", "JaxKeys"]
+__all__ = ["JaxArrays", "JaxKeys", "JaxTracers"]
 
 ALIGNMENT = 64  # bytes: JAX adopts host memory that begins at a multiple of it
 ELSEWHERE = (
@@ -91,6 +91,23 @@ class JaxArrays(NumpyArrays):
         return True
 
 
+class JaxTracers(JaxArrays):
+    """What stands for an array while JAX traces a function."""
+
+    def signature(self, leaves: Sequence[Any]) -> Hashable:
+        return tuple([leaf.aval for leaf in leaves])
+
+    def describe(self, leaf: Any) -> Leaf:
+        aval = leaf.aval
+        if jax.numpy.issubdtype(aval.dtype, jax.dtypes.prng_key):
+            return _KEYS.describe(leaf)
+        text = f"{aval.dtype.name}{list(aval.shape)}"
+        averaged = is_averaged(aval.dtype)
+        if averaged is None:
+            raise TypeError(f"JAX array of dtype {aval.dtype}")
+        return Leaf(text, aval.dtype.name, tuple(aval.shape), np.dtype(aval.dtype)) if averaged else Leaf(text)
+
+
 class JaxKeys(NumpyArrays):
     """Typed PRNG keys pass through."""
 
@@ -99,3 +116,6 @@ class JaxKeys(NumpyArrays):
 
     def describe(self, leaf: Any) -> Leaf:
         return Leaf(f"{leaf.dtype}{list(leaf.shape)}")
+
+
+_KEYS = JaxKeys()

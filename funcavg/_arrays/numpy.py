@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from funcavg._arrays.base import EXPANDED, Family, Leaf, is_expanded, memory_span, type_name
 
-__all__ = ["Integers", "NumpyArrays", "Scalars", "is_averaged"]
+__all__ = ["Integers", "NumpyArrays", "Scalars", "StandIn", "StandIns", "is_averaged"]
 
 
 class NumpyArrays(Family):
@@ -116,6 +116,20 @@ class Scalars(NumpyArrays):
 
     def all_donatable(self, leaves: Sequence[Any]) -> bool:
         return True
+
+
+class StandIn(NamedTuple):
+    """In the place of a leaf that passes through, where the leaf itself is out of reach."""
+
+    text: str
+
+
+class StandIns(Family):
+    def signature(self, leaves: Sequence[Any]) -> Hashable:
+        return tuple(leaves)
+
+    def describe(self, leaf: Any) -> Leaf:
+        return Leaf(leaf.text)
 
 
 class Integers(Family):

@@ -1,0 +1,99 @@
+"""Average over an axis name: inside `jax.shard_map`, `jax.pmap` and `jax.vmap(axis_name=...)`.
+
+The ranks are the devices (or batch elements) along the axis, and JAX's own collectives do the work. They run one
+program, so there is nothing to agree about.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from funcavg import _tree
+from funcavg._engine import reach_agreement
+from funcavg._request import Where, make_request
+from funcavg._session import session_of
+from funcavg.collectives.solo import Solo
+
+__all__ = ["average_over_axis", "is_axis"]
+
+
+def is_axis(group: Any) -> bool:
+    """Say whether a group is an axis name, or a tuple of them."""
+    return isinstance(group, str) or (
+        isinstance(group, tuple) and bool(group) and all(isinstance(name, str) for name in group)
+    )
+
+
+def average_over_axis(params_tree: Any, axis: Any, weight: Any, where: Where | None) -> Any:
+    """Return the mean over an axis. Sums are in float32, in float64 for float64 leaves."""
+    import jax
+
+    size = _size(axis)
+    everything, spec = _tree.flatten(params_tree)
+    traced = isinstance(weight, jax.Array)
+    request = make_request(everything, spec, weight=None if traced else weight, where=where, wrapped=True)
+    alone = Solo()
+    reach_agreement(request, alone, session_of(alone), math.inf)  # raises this rank's own mistakes
+    leaves = [_as_jax(leaf) for leaf in request.leaves]
+    return request.rebuild(_means(leaves, axis, size, weight))
+
+
+def _size(axis: Any) -> int:
+    import jax
+
+    lax: Any = jax.lax
+    try:
+        return int(lax.axis_size(axis))
+    except NameError as error:
+        raise ValueError(
+            f"average: group={axis!r} is an axis name, but no such axis is bound here ({error}). Call average inside "
+            f"jax.shard_map, jax.pmap or jax.vmap(..., axis_name={axis!r})."
+        ) from error
+
+
+def _as_jax(leaf: Any) -> Any:
+    import jax
+
+    if type(leaf).__module__.partition(".")[0] == "torch":
+        raise TypeError("average: a torch tensor cannot be averaged over an axis of JAX's")
+    return jax.numpy.asarray(leaf)
+
+
+def _means(leaves: Sequence[Any], axis: Any, size: int, weight: Any) -> list[Any]:
+    import jax
+
+    lax: Any = jax.lax  # parts of it have no types
+    jnp = jax.numpy
+    wide = [leaf.astype(jnp.float32) if leaf.dtype.itemsize < 4 else leaf for leaf in leaves]
+    if weight is None:
+        means = [total / size for total in lax.psum(wide, axis)]
+    else:
+        number = jnp.asarray(weight, float)
+        top = lax.pmax(lax.stop_gradient(number), axis)  # scaled by it, neither sums nor products can overflow
+        scale = number / top
+        # Of a rank that does not count nothing is read, NaN included. (0 * nan is nan, in derivatives as well.)
+        read = [jnp.where(number == 0, jnp.zeros_like(leaf), leaf) for leaf in wide]
+        totals = lax.psum([leaf * scale.astype(leaf.dtype) for leaf in read], axis)
+        norm = lax.psum(scale, axis)
+        means = [total / norm.astype(total.dtype) for total in totals]
+    return [_like(mean.astype(leaf.dtype), leaf) for mean, leaf in zip(means, leaves, strict=True)]
+
+
+def _like(mean: Any, leaf: Any) -> Any:
+    """Let a mean vary over the axes that its leaf varies over, for the types of `cond`, `scan` and of derivatives."""
+    import jax
+
+    missing = _varying(leaf) - _varying(mean)
+    lax: Any = jax.lax
+    return lax.pcast(mean, tuple(missing), to="varying") if missing else mean
+
+
+def _varying(value: Any) -> frozenset[str]:
+    import jax
+
+    kind = jax.typeof(value)
+    kind = getattr(kind, "manual_axis_type", kind)
+    varying: frozenset[str] = getattr(kind, "varying", None) or getattr(kind, "vma", None) or frozenset()
+    return varying
