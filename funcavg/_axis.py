@@ -36,8 +36,12 @@ def average_over_axis(params_tree: Any, axis: Any, weight: Any, where: Where | N
     request = make_request(everything, spec, weight=None if traced else weight, where=where, wrapped=True)
     alone = Solo()
     reach_agreement(request, alone, session_of(alone), math.inf)  # raises this rank's own mistakes
-    leaves = [_as_jax(leaf) for leaf in request.leaves]
-    return request.rebuild(_means(leaves, axis, size, weight))
+    # Numbers are the same on all ranks, which run one program.
+    moving = [i for i, leaf in enumerate(request.leaves) if not isinstance(leaf, (float, complex))]
+    leaves = list(request.leaves)
+    for i, mean in zip(moving, _means([_as_jax(leaves[i]) for i in moving], axis, size, weight), strict=True):
+        leaves[i] = mean
+    return request.rebuild(leaves)
 
 
 def _size(axis: Any) -> int:
