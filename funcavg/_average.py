@@ -36,18 +36,19 @@ def average(
     value: the inputs are never written to (unless donated), and no averaged leaf shares memory with them.
 
     Args:
-        params_tree: Leaves in dicts, lists, tuples, NamedTuples and registered dataclasses, nested at will. torch
-            tensors, NumPy arrays and numbers of floating and complex dtypes are averaged, ``ml_dtypes`` included.
-            Bools, integers and ``None`` pass through: the same object comes back. All ranks pass the same paths,
-            shapes and dtypes.
+        params_tree: Leaves in dicts, lists, tuples, NamedTuples and registered dataclasses, nested at will, and
+            in whatever ``jax.tree_util`` knows. torch tensors, JAX and NumPy arrays and numbers of floating and complex
+            dtypes are averaged, ``ml_dtypes`` included. Bools, integers, typed PRNG keys and ``None`` pass through: the
+            same object comes back. All ranks pass the same paths, shapes and dtypes.
         group: Who takes part: ``None``, a torch ``ProcessGroup`` or 1-D ``DeviceMesh``, an mpi4py communicator, or a
-            `Collective`; see `funcavg.collectives.as_collective`. A rank outside of the group gets its very tree back.
+            `Collective`; see `funcavg.collectives.as_collective`. Inside ``jax.shard_map``, ``pmap`` and ``vmap``, an
+            axis name or a tuple of them. A rank outside of the group gets its very tree back.
         weight: This rank's weight, a finite number at least 0; ``None`` on all ranks for the plain mean. Values of
             a rank with weight 0 are never read.
         where: Called with the path of each leaf, a tuple of keys and positions; leaves that it refuses pass through
             before their type is looked at. It must refuse the same leaves on all ranks.
         donate: Let the result be written into the inputs' memory: the very same arrays come back, and nothing of
-            the tree's size is allocated. After an error their values are undefined.
+            the tree's size is allocated. After an error their values are undefined. Ignored for JAX leaves.
         timeout: Seconds to wait for the other ranks to arrive, and then for any one bucket to make its way;
             ``None`` for 300.
 

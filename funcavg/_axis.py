@@ -7,6 +7,7 @@ program, so there is nothing to agree about.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,9 +29,9 @@ def is_axis(group: Any) -> bool:
 
 def average_over_axis(params_tree: Any, axis: Any, weight: Any, where: Where | None) -> Any:
     """Return the mean over an axis. Sums are in float32, in float64 for float64 leaves."""
+    size = _size(axis)
     import jax
 
-    size = _size(axis)
     everything, spec = _tree.flatten(params_tree)
     traced = isinstance(weight, jax.Array)
     request = make_request(everything, spec, weight=None if traced else weight, where=where, wrapped=True)
@@ -45,11 +46,11 @@ def average_over_axis(params_tree: Any, axis: Any, weight: Any, where: Where | N
 
 
 def _size(axis: Any) -> int:
-    import jax
-
-    lax: Any = jax.lax
+    jax: Any = sys.modules.get("jax")
     try:
-        return int(lax.axis_size(axis))
+        if jax is None:
+            raise NameError("JAX has not been imported")
+        return int(jax.lax.axis_size(axis))
     except NameError as error:
         raise ValueError(
             f"average: group={axis!r} is an axis name, but no such axis is bound here ({error}). Call average inside "

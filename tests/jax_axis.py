@@ -1,12 +1,14 @@
 """Checks of average over an axis name, in a process of its own with two CPU devices and JAX's strict rules."""
 
 import os
+import re
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import lax
 
 from funcavg import average, should_average, start_average
@@ -30,7 +32,7 @@ def under_jit(fn):
 
 
 def under_pmap(fn):
-    return lambda rows: jax.pmap(lambda row: fn(row[None])[0], axis_name="d")(rows)
+    return jax.pmap(lambda row: fn(row[None])[0], axis_name="d")
 
 
 def under_vmap(fn):
@@ -104,9 +106,5 @@ for attempt, kind, words in (
     (lambda: under_vmap(lambda x: average({"x": x, "s": "text"}, "d")["x"])(ROWS), TypeError, "params_tree['s']"),
     (lambda: under_vmap(lambda x: average(x, "d", weight=-1.0))(ROWS), ValueError, "at least 0"),
 ):
-    try:
+    with pytest.raises(kind, match=re.escape(words)):
         attempt()
-    except kind as error:
-        assert words in str(error), error
-    else:
-        raise AssertionError(f"no {kind.__name__} that says {words!r}")

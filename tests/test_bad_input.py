@@ -342,8 +342,6 @@ def test_another_version_of_the_protocol(monkeypatch):
         (3, "group must be .*, got 3 of type int"),
         ({"rank": 0, "size": 1}, r"group must be .*, got \{'rank': 0, 'size': 1\} of type dict"),
         ([0, 1], r"group must be .*, got \[0, 1\] of type list"),
-        ("x" * 3, "group='xxx': JAX axis names are not supported yet"),
-        (("a", "b"), r"group=\('a', 'b'\): JAX axis names are not supported yet"),
         (
             type("Half", (), {"rank": 0, "size": 1, "gather": None})(),
             r"group .*Half.* is no Collective: it lacks \['exch",
@@ -355,6 +353,16 @@ def test_another_version_of_the_protocol(monkeypatch):
 def test_what_is_no_group(call, group, text):
     with pytest.raises(TypeError, match=f"average: {text}"):
         call({"w": 1.0}, group)
+
+
+def test_axis_names_that_nothing_binds():
+    for group in ("xxx", ("a", "b")):
+        with pytest.raises(ValueError, match=r"is an axis name, but no such axis is bound here"):
+            average(1.0, group)
+        with pytest.raises(RuntimeError, match="is an axis name; under JAX transformations use average"):
+            start_average(1.0, group)
+        with pytest.raises(TypeError, match="is an axis name, which funcavg.average takes inside jax.shard_map only"):
+            as_collective(group)
 
 
 def test_what_a_group_may_be_is_told():

@@ -38,7 +38,8 @@ from funcavg import average
 mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
 sharding = jax.sharding.NamedSharding(mesh, jax.P("d"))
 whole = jax.make_array_from_process_local_data(sharding, np.full((1, 3), float(rank), np.float32), (2, 3))
-step = jax.jit(jax.shard_map(lambda x: average({"w": x}, "d")["w"], mesh=mesh, in_specs=jax.P("d"), out_specs=jax.P("d")))
+mean = lambda x: average({"w": x}, "d")["w"]
+step = jax.jit(jax.shard_map(mean, mesh=mesh, in_specs=jax.P("d"), out_specs=jax.P("d")))
 (mine,) = step(whole).addressable_shards
 assert np.asarray(mine.data).tolist() == [[0.5] * 3]
 try:
@@ -105,7 +106,7 @@ def everything(group, rank, size):
     yield "vmap", jax.vmap(plain)(pair), [mean, mean + 1]
     yield "vmap along the last dimension", jax.vmap(plain, in_axes=1, out_axes=1)(pair.T), np.array([mean, mean + 1]).T
     yield "vmap of grad", jax.jit(jax.vmap(jax.grad(loss(plain))))(pair), [2 * mean, 2 * mean + 2]
-    yield "grad of vmap", jax.grad(lambda x: loss(jax.vmap(plain))(x))(pair), [2 * mean, 2 * mean + 2]
+    yield "grad of vmap", jax.grad(loss(jax.vmap(plain)))(pair), [2 * mean, 2 * mean + 2]
     yield "checkpoint", jax.jit(jax.grad(loss(jax.checkpoint(plain))))(x), 2 * mean
     yield "scan and cond", jax.jit(steps)(x), mean + 8
     yield "grad of scan", jax.grad(loss(steps))(x), 2 * (mean + 8)

@@ -104,7 +104,9 @@ def _is_lone_world(comm: Any, mpi: Any) -> bool:
 
 def _rejection(group: Any) -> TypeError:
     if isinstance(group, str) or (isinstance(group, tuple) and group and all(isinstance(n, str) for n in group)):
-        return TypeError(f"average: group={group!r}: JAX axis names are not supported yet")
+        return TypeError(
+            f"average: group={group!r} is an axis name, which funcavg.average takes inside jax.shard_map only"
+        )
     missing = [name for name in ("rank", "size", "gather", "exchange", "share") if not hasattr(group, name)]
     if len(missing) < 3:
         return TypeError(

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import torch
 from common import TREES, arguments, in_turns, show, show_memory
 from mpi4py import MPI
@@ -44,12 +45,17 @@ def main() -> None:
     reduced = flat.numpy()
     donating = average_with(node, comm, tree)
     group = comm.Dup()
+    jax_tree = {name: jax.numpy.asarray(leaf.numpy()) for name, leaf in tree.items()}
+    jax_group, jit_group = comm.Dup(), comm.Dup()
+    in_jit = jax.jit(lambda tree: funcavg.average(tree, jit_group))
     timed = {
         "memcpy": lambda: other.copy_(flat),
         "MPI.Allreduce": lambda: comm.Allreduce(MPI.IN_PLACE, reduced),
         "funcavg, donate": donating,
         "funcavg": lambda: funcavg.average(tree, group),
         "funcavg, donate, bfloat16": average_with(node, comm, halves),
+        "funcavg, JAX leaves": lambda: funcavg.average(jax_tree, jax_group),
+        "funcavg, JAX leaves in jit": lambda: jax.block_until_ready(in_jit(jax_tree)),
         "funcavg, donate, FUNCAVG_NODE=off": average_with("off", comm, tree),
     }
     os.environ["FUNCAVG_NODE"] = node
