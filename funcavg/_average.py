@@ -6,6 +6,7 @@ from typing import Any, TypeVar, cast
 
 from funcavg import _tree
 from funcavg._axis import average_over_axis, is_axis
+from funcavg._compile import not_compiled
 from funcavg._engine import carry_out
 from funcavg._handle import Flight, Handle
 from funcavg._jax_primitive import average_traced, finish_what_is_traced, is_traced
@@ -21,6 +22,7 @@ TIMEOUT = 300.0  # seconds
 LONGEST = 1e7  # seconds; clocks take no more than some 1e9
 
 
+@not_compiled
 def average(
     params_tree: T,
     group: Any = None,
@@ -129,6 +131,7 @@ def report_mistake(mistake: Exception, group: Any) -> None:
             carry_out(failed_request(mistake), collective, session, TIMEOUT)
 
 
+@not_compiled
 def start_average(
     params_tree: T,
     group: Any = None,

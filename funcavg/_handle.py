@@ -11,6 +11,7 @@ import warnings
 import weakref
 from typing import Any, Generic, TypeVar, cast
 
+from funcavg._compile import not_compiled
 from funcavg._engine import carry_out
 from funcavg._request import Request
 from funcavg._session import Session
@@ -28,6 +29,7 @@ class Handle(Generic[T]):
         self._result, self._flight = result, flight
         self._one_at_a_time = threading.Lock()
 
+    @not_compiled
     def wait(self) -> T:
         """Wait for the other ranks and return the averaged tree; raise what `funcavg.average` raises.
 
