@@ -77,12 +77,13 @@ def average_traced(
         tuple(request.layout.averaged),
         request.only,
         None if later else weight,
+        later,
         collective,
         session,
         timeout,
     )
     leaves = [jax.numpy.asarray(leaf) for leaf in request.leaves]
-    operand = jax.lax.stop_gradient(jax.numpy.asarray(weight if later else np.nan, jax.numpy.float32))
+    operand = jax.lax.stop_gradient(jax.numpy.asarray(weight if later else 0.0, jax.numpy.float32))
     return request.rebuild(_primitive().bind(*leaves, operand, call=call, adjoint=False))
 
 
@@ -95,16 +96,17 @@ class _Call:
     positions: Sequence[int]
     only: frozenset[int] | None
     weight: Any  # None: there is none, or it comes in
+    weight_comes_in: bool
     collective: Collective
     session: Session
     timeout: float
 
     def run(self, leaves: Sequence[Any], weight: Any, *, adjoint: bool) -> list[Any]:
-        """Average NumPy arrays now; ``weight`` is NaN where the program has none of its own."""
+        """Average NumPy arrays now; ``weight`` counts where the program computes it."""
         everything = list(self.everything)
         for i, leaf in zip(self.positions, leaves, strict=True):
             everything[i] = leaf
-        number = self.weight if np.isnan(weight) else float(weight)
+        number = float(weight) if self.weight_comes_in else self.weight
         request = make_request(everything, self.spec, weight=number, only=self.only, wrapped=True)
         with self.session.entered("average"):
             agreement = reach_agreement(request, self.collective, self.session, self.timeout)
@@ -240,7 +242,7 @@ def _primitive() -> Any:
             return run(self, *args)
         except jax.errors.JaxRuntimeError as error:  # all that JAX makes of an exception in a callback
             for failure in list(failures):
-                if str(failure) in str(error):
+                if str(failure) and str(failure) in str(error):
                     failures.remove(failure)
                     raise failure from None
             raise

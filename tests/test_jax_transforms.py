@@ -209,6 +209,8 @@ def test_failures_are_ours_in_compiled_programs_too():
         negative = jax.jit(lambda x, w: average(x, group, weight=w))
         with pytest.raises(ValueError, match="rank 1: weight must be finite and at least 0, got -1.0"):
             negative(jnp.ones(2), jnp.float32([1, -1][group.rank]))
+        with pytest.raises(ValueError, match="rank 0: weight must be finite and at least 0, got nan"):
+            negative(jnp.ones(2), jnp.float32(jnp.nan))
         with pytest.raises(TypeError, match=r"rank 0: .*params_tree\['s'\] is a str"):
             jax.jit(lambda x: average({"x": x, "s": "text"} if group.rank == 0 else {"x": x}, group))(jnp.ones(2))
         if group.rank == 0:
