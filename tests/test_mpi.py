@@ -388,6 +388,7 @@ def started_late(comm):
 
     MPICollective._connected = late
     handle = start_average(float(comm.rank), comm, timeout=10)
+    time.sleep(0.15)  # rank 0's background runs before the next line, rank 1's after it
     y = np.empty(4)
     comm.Iallreduce(np.ones(4), y).Wait()
     return handle.wait(), y.tolist()
