@@ -145,7 +145,8 @@ def start_average(
 
     Agreement and transfers go on in the background, so this never waits for other ranks. The inputs must not be
     written to until ``handle.wait()`` has returned (as with ``MPI_Iallreduce``). One call at a time can be under way
-    on a group. Leaves in a GPU's memory, and groups that cannot be duplicated, are averaged inside ``wait()``.
+    on a group. Leaves in a GPU's memory, groups that cannot be duplicated, and the first call on an MPI communicator
+    are averaged inside ``wait()``.
 
     Args:
         params_tree: As for `average`, like all that follows.
@@ -197,8 +198,6 @@ def start_average(
     finish_what_is_traced()
     session.enter("start_average")
     try:
-        if hasattr(collective, "introduce"):
-            collective.introduce()
         return Handle(None, Flight(request, collective, session, seconds))
     except BaseException:  # no thread to be had
         session.leave()

@@ -376,26 +376,23 @@ def test_what_the_user_has_under_way_goes_on(node):
     assert mpi.run_mpi(3, overlapping, FUNCAVG_NODE=node) == [3.0] * 3
 
 
-def started_late(comm):
-    """The duplicate is begun in the user's thread, whenever the background gets to run."""
-    from funcavg.collectives.mpi import MPICollective
-
-    connected = MPICollective._connected
-
-    def late(self, timeout):
-        time.sleep(0.3 * comm.rank)
-        return connected(self, timeout)
-
-    MPICollective._connected = late
+def started_first(comm):
+    """Between the start of the first call on a communicator and its wait come operations of the user's own."""
     handle = start_average(float(comm.rank), comm, timeout=10)
-    time.sleep(0.15)  # rank 0's background runs before the next line, rank 1's after it
+    time.sleep(0.3 * comm.rank)  # whatever runs in the background runs before the next line on one rank, and after it
     y = np.empty(4)
     comm.Iallreduce(np.ones(4), y).Wait()
-    return handle.wait(), y.tolist()
+    duplicate = comm.Dup()
+    first = handle.wait()
+    second = start_average(float(comm.rank), comm, timeout=10)
+    in_the_background = any(thread.name == "funcavg start_average" for thread in threading.enumerate())
+    comm.Barrier()
+    duplicate.Free()
+    return first, y.tolist(), second.wait(), in_the_background or second.done()
 
 
-def test_the_first_call_in_the_background_keeps_its_place_among_the_users():
-    assert mpi.run_mpi(2, started_late) == [(0.5, [2.0] * 4)] * 2
+def test_the_first_call_in_the_background_keeps_clear_of_the_users_own():
+    assert mpi.run_mpi(2, started_first) == [(0.5, [2.0] * 4, 0.5, True)] * 2
 
 
 def freed_under_way(comm):

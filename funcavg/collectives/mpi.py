@@ -90,11 +90,9 @@ class MPICollective(Rows):
     def __init__(self, comm: MPI.Comm) -> None:
         self.rank, self.size = comm.rank, comm.size
         self.bytes_sent = 0
-        # Below MPI_THREAD_MULTIPLE no other thread may call MPI while the caller's does.
-        self.in_callers_thread = MPI.Query_thread() < MPI.THREAD_MULTIPLE
+        self._alone_in_mpi = MPI.Query_thread() < MPI.THREAD_MULTIPLE
         self._users: MPI.Comm | None = comm
         self._comm: Any = None
-        self._duplicating: Any = None  # the duplicate and the number of its request, while it is made
         self._under_way: dict[int, Any] = {}  # requests and their buffers, by number
         self._numbers = itertools.count()
         self._freed_by_finalize = any(MPI.Comm.Compare(comm, c) == MPI.IDENT for c in (MPI.COMM_WORLD, MPI.COMM_SELF))
@@ -103,22 +101,24 @@ class MPICollective(Rows):
     def __repr__(self) -> str:
         return f"<rank {self.rank} of {self.size} of an MPI communicator>"
 
-    def introduce(self) -> None:
-        """Start to duplicate the user's communicator, which is an operation on it: in his thread, in his order."""
-        if self._users is not None and self._comm is None and self._duplicating is None:
-            with self._translate_errors():
-                duplicate, request = self._users.Idup()
-            self._duplicating = duplicate, self._keep([request], duplicate)
+    @property
+    def in_callers_thread(self) -> bool:
+        """Whether work must be done where the user's own calls of MPI are made.
+
+        Below MPI_THREAD_MULTIPLE no other thread may call MPI while his does. And while his communicator is duplicated,
+        he must not start an operation on it: Open MPI would mix up the two, on some ranks and not on others.
+        """
+        return self._alone_in_mpi or self._comm is None
 
     def _connected(self, timeout: float) -> Any:
         """Return the duplicate; make it with the other ranks at the first call."""
         if self._comm is None:
-            self.introduce()
-            if self._duplicating is None:
+            if self._users is None:
                 raise RuntimeError("average: the MPI communicator has been freed while a call was under way on it")
             everyone = "all ranks to call average on this communicator"
-            duplicate, number = self._duplicating
-            self._finish(number, [], timeout, everyone)
+            with self._translate_errors():
+                duplicate, request = self._users.Idup()
+            self._finish(self._keep([request], duplicate), [], timeout, everyone)
             duplicate.Set_errhandler(MPI.ERRORS_RETURN)
             # Ranks may see different environments, and must take the same way.
             aware = np.array([is_gpu_aware(_memory_kinds(), os.environ)], np.int8)
@@ -126,7 +126,7 @@ class MPICollective(Rows):
                 request = duplicate.Iallreduce(MPI.IN_PLACE, [aware, MPI.SIGNED_CHAR], MPI.MIN)
             self._finish(self._keep([request], aware), [], timeout, everyone)
             self._gpu_aware = bool(aware[0])
-            self._comm, self._users, self._duplicating = duplicate, None, None
+            self._comm, self._users = duplicate, None
         return self._comm
 
     def free(self) -> None:
@@ -140,7 +140,7 @@ class MPICollective(Rows):
     def abort(self) -> None:
         """Leave the duplicate alone for good: requests that nobody waits for any more are pending on it."""
         _LEAKED.append((self._comm, self._under_way))
-        self._comm, self._users, self._duplicating, self._under_way = None, None, None, {}
+        self._comm, self._users, self._under_way = None, None, {}
 
     @contextmanager
     def _translate_errors(self) -> Iterator[None]:
