@@ -1,9 +1,6 @@
 """Checks of average over an axis name, in a process of its own with two CPU devices and JAX's strict rules."""
 
-import os
 import re
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 
 import jax
 import jax.numpy as jnp

@@ -23,7 +23,8 @@ STRICT = {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "ra
 def test_over_an_axis():
     """In a process of its own, whose JAX has two devices."""
     script = Path(__file__).with_name("jax_axis.py")
-    environ = os.environ | STRICT | {"PYTHONPATH": str(script.parent.parent)}
+    two_devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environ = os.environ | STRICT | two_devices | {"PYTHONPATH": str(script.parent.parent)}
     subprocess.run([sys.executable, str(script)], check=True, env=environ, timeout=110)
 
 
@@ -59,7 +60,7 @@ def test_over_an_axis_of_two_processes():
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    environ = os.environ | {"PYTHONPATH": str(mpi.ROOT), "OMP_NUM_THREADS": "1"}
+    environ = os.environ | {"PYTHONPATH": str(mpi.ROOT), "OMP_NUM_THREADS": "1", "XLA_FLAGS": ""}
     ranks = [subprocess.Popen([sys.executable, "-c", DISTRIBUTED, str(rank), address], env=environ) for rank in (0, 1)]
     assert [rank.wait(100) for rank in ranks] == [0, 0]
 
