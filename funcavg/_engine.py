@@ -33,8 +33,19 @@ def reach_agreement(request: Request, collective: Collective, session: Session, 
     return outcome
 
 
-def move(request: Request, agreement: Agreement, collective: Collective, session: Session, timeout: float) -> list[Any]:
-    """Average the leaves that ranks have agreed about; return the results."""
+def move(
+    request: Request,
+    agreement: Agreement,
+    collective: Collective,
+    session: Session,
+    timeout: float,
+    out: Sequence[Any] | None = None,
+) -> list[Any]:
+    """Average the leaves that ranks have agreed about; return the results.
+
+    ``out`` are arrays to write them to, of the leaves' own kinds; else there will be new ones. Whoever passes it may
+    free that memory, and the leaves', as soon as this returns or raises.
+    """
     layout = request.layout
     assert layout is not None
     leaves, families = request.leaves, layout.families
@@ -43,7 +54,9 @@ def move(request: Request, agreement: Agreement, collective: Collective, session
     for i in layout.special:
         carriers[i] = families[i].carrier(leaves[i])
     with _spending(session, collective):
-        if request.donate and all([family.mutable for family in layout.members]):
+        if out is not None:
+            results = [family.carrier(array) for family, array in zip(families, out, strict=True)]
+        elif request.donate and all([family.mutable for family in layout.members]):
             results = carriers
         else:
             results = [
@@ -55,10 +68,20 @@ def move(request: Request, agreement: Agreement, collective: Collective, session
                 if i not in ties and results[i] is not carriers[i]:
                     family.copy([results[i]], [carriers[i]])
         else:
-            # Results are private until they are returned. Donated memory is not: it must not change after an error.
-            land_in_results = not request.donate or getattr(collective, "stops_on_error", False)
+            # After an error, transfers may go on. New results are private until they are returned, and kept by whatever
+            # still writes to them; donated memory must not change, and memory that is freed must not even be read.
+            late = not getattr(collective, "stops_on_error", False)
+            land_in_results = not late or (out is None and not request.donate)
+            send_from_leaves = not late or out is None
             for lane in _lanes(request, agreement, collective, session, timeout):
-                lane.carry(carriers, results, agreement.weights, timeout, land_in_results=land_in_results)
+                lane.carry(
+                    carriers,
+                    results,
+                    agreement.weights,
+                    timeout,
+                    land_in_results=land_in_results,
+                    send_from_leaves=send_from_leaves,
+                )
     return _finish(request, leaves, results, ties)
 
 
@@ -67,9 +90,11 @@ def _finish(request: Request, leaves: Sequence[Any], results: Sequence[Any], tie
     layout = request.layout
     assert layout is not None
     finished = list(results)
-    for i in layout.special:
-        if i not in ties:
-            finished[i] = layout.families[i].finish(leaves[i], results[i])
+    for family in layout.members:
+        special = [i for i in layout.special if layout.families[i] is family and i not in ties]
+        whole = family.finish_all([leaves[i] for i in special], [results[i] for i in special])
+        for i, result in zip(special, whole, strict=True):
+            finished[i] = result
     tied = {id(leaves[original]): finished[original] for original in ties.values()}
     for i, original in ties.items():
         if id(leaves[i]) not in tied:  # another view of the same memory

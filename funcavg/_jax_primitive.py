@@ -7,30 +7,28 @@ The mean is linear, so each rule is another average:
     vmap        the mean of the batched leaves
 
 It has an ordered effect: calls stay in program order, and none is dropped because its result is not used (the other
-ranks wait for it). In a compiled program it is a callback that reads the leaves where XLA has them; it calls no JAX.
+ranks wait for it). In a compiled program it is one callback, which calls no JAX.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from funcavg import _tree
 from funcavg._arrays import StandIn
 from funcavg._engine import carry_out, move, reach_agreement
+from funcavg._jax_private import prepare_jax
 from funcavg._request import Where, make_request
 from funcavg._session import Session
 from funcavg.collectives.base import Collective
 
 __all__ = ["average_traced", "finish_what_is_traced", "is_traced"]
-
-TESTED = "0.10"  # release of JAX
 
 
 def is_traced(everything: Sequence[Any], weight: Any) -> bool:
@@ -101,8 +99,8 @@ class _Call:
     session: Session
     timeout: float
 
-    def run(self, leaves: Sequence[Any], weight: Any, *, adjoint: bool) -> list[Any]:
-        """Average NumPy arrays now; ``weight`` counts where the program computes it."""
+    def run(self, leaves: Sequence[Any], weight: Any, *, adjoint: bool, out: Sequence[Any] | None = None) -> list[Any]:
+        """Average NumPy arrays now, into ``out`` if given; ``weight`` counts where the program computes it."""
         everything = list(self.everything)
         for i, leaf in zip(self.positions, leaves, strict=True):
             everything[i] = leaf
@@ -111,39 +109,15 @@ class _Call:
         with self.session.entered("average"):
             agreement = reach_agreement(request, self.collective, self.session, self.timeout)
             weights = agreement.weights
-            if not adjoint or weights is None:
-                return move(request, agreement, self.collective, self.session, self.timeout)
-            means = move(request, agreement._replace(weights=None), self.collective, self.session, self.timeout)
-        top = max(weights)
-        share = weights[self.collective.rank] / top / sum(other / top for other in weights)
-        scale = self.collective.size * share
-        return [(mean * scale).astype(mean.dtype) if scale else np.zeros_like(mean) for mean in means]
-
-
-class _Private(NamedTuple):
-    """What JAX keeps to itself."""
-
-    emit_python_callback: Any
-    effects: Any
-    op_sharding: Any
-    executable: Any  # the class of compiled programs
-
-
-def _private() -> _Private:
-    """Return the parts of JAX that a primitive with an ordered effect needs, and that are not public."""
-    import jax
-
-    try:
-        from jax._src import callback, effects
-        from jax._src.interpreters import pxla
-
-        executable = pxla.ExecuteReplicated
-        return _Private(callback.emit_python_callback, effects, callback._callback_op_sharding, executable)
-    except (ImportError, AttributeError) as error:
-        raise RuntimeError(
-            f"average: inside jax.jit and jax.grad over a group of processes, funcavg is tested with JAX {TESTED}, and "
-            f"finds its way in {jax.__version__} no more ({error}). Average outside of them, or install that release."
-        ) from error
+            if adjoint:
+                agreement = agreement._replace(weights=None)
+            means = move(request, agreement, self.collective, self.session, self.timeout, out)
+        if adjoint and weights is not None:
+            top = max(weights)
+            share = weights[self.collective.rank] / top / sum(other / top for other in weights)
+            for mean in means:
+                mean[...] = mean * (self.collective.size * share) if share else 0
+        return means
 
 
 @functools.cache
@@ -154,24 +128,7 @@ def _primitive() -> Any:
     from jax.interpreters import batching, mlir
 
     ad: Any = untyped
-    private = _private()
-
-    class Averages(private.effects.Effect):  # type: ignore[misc, name-defined]
-        def __str__(self) -> str:
-            return "Averages"
-
-    effect = Averages()
-    for allowed in (
-        "lowerable_effects",
-        "ordered_effects",
-        "shardable_ordered_effects",
-        "control_flow_allowed_effects",
-        "custom_derivatives_allowed_effects",
-        "remat_allowed_effects",
-    ):
-        getattr(private.effects, allowed).add_type(Averages)
-
-    failures: deque[Exception] = deque(maxlen=64)
+    effect, emit = prepare_jax()
     primitive: Any = core.Primitive("funcavg_average")
     primitive.multiple_results = True
 
@@ -205,49 +162,11 @@ def _primitive() -> Any:
         return primitive.bind(*rows, **params), [None if axis is None else 0 for axis in axes[:-1]]
 
     def lower(ctx: Any, *operands: Any, call: _Call, adjoint: bool) -> Any:
-        context = ctx.module_context.axis_context
-        if getattr(context, "manual_axes", None) or type(context).__name__ == "ReplicaAxisContext":
-            raise ValueError(
-                "average: a group of processes inside jax.shard_map or jax.pmap, where every device would call it. "
-                "Pass the axis name there, and average over the group outside."
-            )
+        def run(leaves: Sequence[Any], weight: Any, out: Sequence[Any] | None) -> Sequence[Any]:
+            return call.run(leaves, weight, adjoint=adjoint, out=out)
 
-        def callback(*arrays: Any) -> tuple[Any, ...]:
-            *leaves, weight = arrays
-            try:
-                return tuple(call.run(leaves, weight, adjoint=adjoint))
-            except Exception as failure:
-                failures.append(failure)
-                raise
+        return emit(ctx, operands, run)
 
-        results, token, _ = private.emit_python_callback(
-            ctx,
-            callback,
-            ctx.tokens_in.get(effect),
-            list(operands),
-            ctx.avals_in,
-            ctx.avals_out,
-            has_side_effect=True,
-            returns_token=True,
-            sharding=private.op_sharding(context, None, ctx.avals_out),
-        )
-        ctx.set_tokens_out(ctx.tokens_in.update_tokens(mlir.TokenSet({effect: token})))
-        return results
-
-    run = private.executable.__call__
-
-    @functools.wraps(run)
-    def run_and_say_what_failed(self: Any, *args: Any) -> Any:
-        try:
-            return run(self, *args)
-        except jax.errors.JaxRuntimeError as error:  # all that JAX makes of an exception in a callback
-            for failure in list(failures):
-                if str(failure) and str(failure) in str(error):
-                    failures.remove(failure)
-                    raise failure from None
-            raise
-
-    private.executable.__call__ = run_and_say_what_failed
     primitive.def_impl(implementation)
     primitive.def_effectful_abstract_eval(abstract)
     ad.primitive_jvps[primitive] = jvp

@@ -37,9 +37,10 @@ class Lane:
         timeout: float,
         *,
         land_in_results: bool,
+        send_from_leaves: bool,
     ) -> None:
-        """Move all buckets. Large leaves are sent from, and their means received in, their own memory."""
-        _pump(self, carriers, results, weights, timeout, land_in_results)
+        """Move all buckets. Large leaves are sent from, and their means received in, their own memory, if they may."""
+        _pump(self, carriers, results, weights, timeout, land_in_results, send_from_leaves)
 
     def start(self, bucket: Bucket, source: Any, timeout: float) -> Pending | None:
         """Send every rank its shard."""
@@ -106,12 +107,13 @@ def _pump(
     weights: Sequence[float] | None,
     timeout: float,
     land_in_results: bool,
+    send_from_leaves: bool,
 ) -> None:
     exchanging: deque[_Transit] = deque()
     sharing: deque[_Transit] = deque()
     for bucket in chain(lane.plan, [None] * (2 * AHEAD)):  # the last rounds empty the pipeline
         if bucket is not None:
-            source = bucket.rows_in(carriers)
+            source = bucket.rows_in(carriers) if send_from_leaves else None
             target = bucket.rows_in(results) if land_in_results else None
             if source is None:
                 bucket.pack(carriers)

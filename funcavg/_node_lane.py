@@ -47,8 +47,9 @@ class NodeLane:
         timeout: float,
         *,
         land_in_results: bool,
+        send_from_leaves: bool,
     ) -> None:
-        """Move all buckets. Nothing arrives late in shared memory, so results are always written directly.
+        """Move all buckets. Nothing is read or arrives late in shared memory, so it is always done directly.
 
         Of a bucket in a leaf's own memory, the shard that this rank reduces is read there: nobody else needs it.
         """

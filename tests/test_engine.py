@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from funcavg import PeerLostError, _buckets, _session, average
+from funcavg import PeerLostError, _buckets, _session, _tree, average
+from funcavg._engine import move, reach_agreement
+from funcavg._request import make_request
+from funcavg._session import session_of
 from funcavg.collectives.threads import Threads
 from funcavg.testing import run_ranks
 
@@ -90,3 +93,31 @@ def test_a_failure_in_the_middle_leaves_inputs_alone_and_the_group_spent(breakin
     assert failures[breaking] == "cable cut"
     for rank in {0, 1, 2} - {breaking}:  # whoever is not yet done when it happens
         assert failures[rank] is None or f"waits for rank {breaking}, which was killed" in failures[rank]
+
+
+@pytest.mark.parametrize("stops", [False, True])
+@pytest.mark.usefixtures("tiny_buckets")
+def test_memory_that_may_be_freed_after_an_error_is_out_of_reach_of_late_transfers(stops):
+    """Of compiled programs: XLA frees it, whatever a transport still does."""
+
+    class Watched(Late):
+        stops_on_error, seen = stops, ()
+
+        def exchange(self, send, receive, timeout):
+            self.seen += (send, receive)
+            return super().exchange(send, receive, timeout)
+
+        def share(self, buffer, timeout):
+            self.seen += (buffer,)
+            return super().share(buffer, timeout)
+
+    def fn(group):
+        group = Watched(group.rank, group._meeting)
+        leaf, out = np.full(500, float(group.rank)), np.empty(500)
+        request, session = make_request(*_tree.flatten([leaf]), wrapped=True), session_of(group)
+        agreement = reach_agreement(request, group, session, 10)
+        assert move(request, agreement, group, session, 10, [out])[0] is out
+        assert (out == 0.5).all()
+        return [any(np.may_share_memory(array, seen) for seen in group.seen) for array in (leaf, out)]
+
+    assert run_ranks(2, fn) == [[stops, stops]] * 2

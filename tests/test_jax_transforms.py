@@ -239,8 +239,8 @@ def test_what_is_refused():
 def test_other_releases_of_jax(monkeypatch):
     from jax._src import callback
 
-    from funcavg import _jax_primitive
+    from funcavg import _jax_private
 
     monkeypatch.delattr(callback, "emit_python_callback")
     with pytest.raises(RuntimeError, match=r"is tested with JAX 0\.10, and finds its way in .* no more"):
-        _jax_primitive._private()
+        _jax_private._private()

@@ -55,6 +55,10 @@ class Family:
         """Return the result that stands in for ``leaf``, made from its filled carrier."""
         return carrier
 
+    def finish_all(self, leaves: Sequence[Any], carriers: Sequence[Any]) -> list[Any]:
+        """Finish many leaves at once."""
+        return [self.finish(leaf, carrier) for leaf, carrier in zip(leaves, carriers, strict=True)]
+
     def tie(self, leaf: Any, result: Any) -> Any:
         """Return the result for ``leaf``, whose memory is that of a leaf with the given result."""
         return result

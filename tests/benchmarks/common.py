@@ -30,7 +30,12 @@ def resnet50() -> list[tuple[int, ...]]:
     return [*shapes, (1000, 2048), (1000,)]
 
 
-TREES = {"resnet50": resnet50, "many-small": lambda: [(256,)] * 4000, "flat400": lambda: [(10_000_000,)] * 10}
+TREES = {
+    "resnet50": resnet50,
+    "thousand-small": lambda: [(256,)] * 1000,
+    "many-small": lambda: [(256,)] * 4000,
+    "flat400": lambda: [(10_000_000,)] * 10,
+}
 
 
 def in_turns(timed: dict[str, Callable[[], Any]], barrier: Callable[[], Any], turns: int) -> dict[str, list[float]]:

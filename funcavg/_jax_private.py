@@ -1,0 +1,172 @@
+"""How a compiled program of JAX's calls an average: all that needs parts of JAX which are not public.
+
+On the host, the callback gets XLA's own buffers: leaves are read, and means written, where XLA has them. (Callbacks of
+JAX's public functions return arrays, which XLA then copies into memory of its own: half as long again for a large
+model.) Elsewhere it gets and returns copies on the host.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+__all__ = ["prepare_jax"]
+
+TESTED = "0.10"  # release of JAX
+IN_PLACE = "xla_buffer_python_cpu_callback"
+
+Run = Callable[[Sequence[Any], Any, Any], Sequence[Any]]  # (leaves, weight, out) -> means, in `out` unless that is None
+
+
+class _Private(NamedTuple):
+    """What JAX keeps to itself."""
+
+    effects: Any
+    executable: Any  # the class of compiled programs
+    build_call: Any
+    emit_python_callback: Any
+    on_one_device: Any
+    set_sharding: Any
+    abstract_token: Any
+    token_set: Any
+
+
+def _private() -> _Private:
+    """Return the parts of JAX that a primitive with an ordered effect needs, and that are not public."""
+    import jax
+
+    try:
+        from jax._src import callback, core, effects, ffi
+        from jax._src.interpreters import mlir, pxla
+
+        return _Private(
+            effects,
+            pxla.ExecuteReplicated,
+            ffi.build_ffi_lowering_function,
+            callback.emit_python_callback,
+            callback._callback_op_sharding,
+            mlir.set_sharding,
+            core.abstract_token,
+            mlir.TokenSet,
+        )
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(
+            f"average: inside jax.jit and jax.grad over a group of processes, funcavg is tested with JAX {TESTED}, and "
+            f"finds its way in {jax.__version__} no more ({error}). Average outside of them, or install that release."
+        ) from error
+
+
+@functools.cache
+def prepare_jax() -> tuple[Any, Callable[[Any, Sequence[Any], Run], Sequence[Any]]]:
+    """Make an ordered effect known to JAX; return it, and a function ``emit(ctx, operands, run)`` for lowering rules.
+
+    ``operands`` are leaves and a weight. When the program runs, ``run`` is called in its place, in program order, and
+    what it raises is what the caller of the program sees.
+    """
+    private = _private()
+
+    class Averages(private.effects.Effect):  # type: ignore[misc, name-defined]
+        def __str__(self) -> str:
+            return "Averages"
+
+    effect = Averages()
+    for allowed in (
+        "lowerable_effects",
+        "ordered_effects",
+        "shardable_ordered_effects",
+        "control_flow_allowed_effects",
+        "custom_derivatives_allowed_effects",
+        "remat_allowed_effects",
+    ):
+        getattr(private.effects, allowed).add_type(Averages)
+    keeping_failures = _let_programs_say_what_failed(private.executable)
+
+    def emit(ctx: Any, operands: Sequence[Any], run: Run) -> Sequence[Any]:
+        context, token = ctx.module_context.axis_context, ctx.tokens_in.get(effect)
+        if getattr(context, "manual_axes", None) or type(context).__name__ == "ReplicaAxisContext":
+            raise ValueError(
+                "average: a group of processes inside jax.shard_map or jax.pmap, where every device would call it. "
+                "Pass the axis name there, and average over the group outside."
+            )
+        if ctx.module_context.platforms == ("cpu",):
+            token, *results = _call_in_place(ctx, token, operands, keeping_failures(run), private)
+        else:
+            results, token, _ = private.emit_python_callback(
+                ctx,
+                lambda *arrays: keeping_failures(run)(arrays[:-1], arrays[-1], None),
+                token,
+                list(operands),
+                ctx.avals_in,
+                ctx.avals_out,
+                has_side_effect=True,
+                returns_token=True,
+                sharding=private.on_one_device(context, None, ctx.avals_out),
+            )
+        ctx.set_tokens_out(ctx.tokens_in.update_tokens(private.token_set({effect: token})))
+        return results
+
+    return effect, emit
+
+
+def _call_in_place(ctx: Any, token: Any, operands: Sequence[Any], run: Run, private: _Private) -> Sequence[Any]:
+    """Emit a call whose results are written where XLA wants them; return what stands for the token and for these."""
+    count = len(operands)
+
+    def callback(_: Any, *buffers: Any) -> tuple[()]:  # token, operands, token, results
+        arrays = [np.asarray(buffer) for i, buffer in enumerate(buffers) if i % (count + 1)]
+        run(arrays[: count - 1], arrays[count - 1], arrays[count:])
+        return ()
+
+    module = ctx.module_context
+    module.add_host_callback(callback)
+    with_token = dataclasses.replace(
+        ctx,
+        avals_in=[private.abstract_token, *ctx.avals_in],
+        avals_out=[private.abstract_token, *ctx.avals_out],
+    )
+    build = private.build_call(IN_PLACE, has_side_effect=True)
+    call = build(with_token, token, *operands, index=np.uint64(len(module.host_callbacks) - 1))
+    private.set_sharding(module, call, private.on_one_device(module.axis_context, None, with_token.avals_out))
+    results: Sequence[Any] = call.results
+    return results
+
+
+def _let_programs_say_what_failed(executable: Any) -> Callable[[Run], Run]:
+    """Let compiled programs raise what their callbacks raised, if those are made by the function that is returned.
+
+    JAX makes a JaxRuntimeError of every exception in a callback, whose text holds the exception's own.
+    """
+    import jax
+
+    failures: deque[Exception] = deque(maxlen=64)
+    execute = executable.__call__
+
+    @functools.wraps(execute)
+    def execute_and_say_what_failed(self: Any, *args: Any) -> Any:
+        try:
+            return execute(self, *args)
+        except jax.errors.JaxRuntimeError as error:
+            for failure in list(failures):
+                if str(failure) and str(failure) in str(error):
+                    failures.remove(failure)
+                    raise failure from None
+            raise
+
+    executable.__call__ = execute_and_say_what_failed
+
+    def keeping_failures(run: Run) -> Run:
+        def call(leaves: Sequence[Any], weight: Any, out: Any) -> Sequence[Any]:
+            try:
+                return run(leaves, weight, out)
+            except Exception as failure:
+                failures.append(failure)
+                raise
+
+        return call
+
+    return keeping_failures
