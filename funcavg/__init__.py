@@ -1,6 +1,6 @@
 """Average the parameters of a distributed training job, as a pure function.
 
-When: `should_average`. What: `average`, `start_average`. With whom: `Collective` and `funcavg.collectives`.
+When: `should_average`. What: `average`, `start_average`. With whom: `Collective`, `stacked` and `funcavg.collectives`.
 For classic loops: `PeriodicModelAverager` and its kin, which need torch and are imported when first asked for.
 """
 
@@ -12,6 +12,7 @@ from funcavg._average import average, start_average
 from funcavg._errors import FuncavgError, PeerLostError, TreeMismatchError
 from funcavg._handle import Handle
 from funcavg._schedule import should_average
+from funcavg._stacked import stacked
 from funcavg.collectives.base import Collective
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ __all__ = [
     "TreeMismatchError",
     "average",
     "should_average",
+    "stacked",
     "start_average",
 ]
 __version__ = "0.1.0"

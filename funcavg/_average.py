@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
 from funcavg import _tree
@@ -12,6 +13,7 @@ from funcavg._handle import Flight, Handle
 from funcavg._jax_primitive import average_traced, finish_what_is_traced, is_traced
 from funcavg._request import Where, failed_request, make_request
 from funcavg._session import session_of
+from funcavg._stacked import Stacked, average_stacked
 from funcavg._transforms import average_differentiably, is_transformed
 from funcavg.collectives import as_collective
 
@@ -27,7 +29,7 @@ def average(
     params_tree: T,
     group: Any = None,
     *,
-    weight: float | None = None,
+    weight: float | Sequence[float] | None = None,
     where: Where | None = None,
     donate: bool = False,
     timeout: float | None = None,
@@ -44,7 +46,8 @@ def average(
             same object comes back. All ranks pass the same paths, shapes and dtypes.
         group: Who takes part: ``None``, a torch ``ProcessGroup`` or 1-D ``DeviceMesh``, an mpi4py communicator, or a
             `Collective`; see `funcavg.collectives.as_collective`. Inside ``jax.shard_map``, ``pmap`` and ``vmap``, an
-            axis name or a tuple of them. A rank outside of the group gets its very tree back.
+            axis name or a tuple of them. For replicas that this process holds, `funcavg.stacked`. A rank outside of
+            the group gets its very tree back.
         weight: This rank's weight, a finite number at least 0; ``None`` on all ranks for the plain mean. Values of
             a rank with weight 0 are never read.
         where: Called with the path of each leaf, a tuple of keys and positions; leaves that it refuses pass through
@@ -100,6 +103,8 @@ def average(
     seconds = _check_timeout(timeout, "average")
     if is_axis(group):
         return cast("T", average_over_axis(params_tree, group, weight, where))
+    if isinstance(group, Stacked):
+        return cast("T", average_stacked(params_tree, group, weight, where, donate=donate))
     collective = as_collective(group)
     if collective is None:
         return params_tree
@@ -136,7 +141,7 @@ def start_average(
     params_tree: T,
     group: Any = None,
     *,
-    weight: float | None = None,
+    weight: float | Sequence[float] | None = None,
     where: Where | None = None,
     donate: bool = False,
     timeout: float | None = None,
@@ -178,6 +183,8 @@ def start_average(
     seconds = _check_timeout(timeout, "start_average")
     if is_axis(group):
         raise RuntimeError(f"start_average: group={group!r} is an axis name; under JAX transformations use average")
+    if isinstance(group, Stacked):
+        return Handle(average_stacked(params_tree, group, weight, where, donate=donate))
     collective = as_collective(group)
     if collective is None:
         return Handle(params_tree)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from funcavg._buckets import Bucket, Lender, make_plan
 from funcavg._errors import PeerLostError
 from funcavg._lanes import DeviceLane, Lane
 from funcavg._node_lane import NodeLane, NodeSlots
-from funcavg._request import Request
+from funcavg._request import Layout, Request
 from funcavg._session import Session
 from funcavg.collectives.base import Collective
 
@@ -64,9 +64,7 @@ def move(
                 for i, family in enumerate(families)
             ]
         if collective.size == 1:
-            for i, family in enumerate(families):
-                if i not in ties and results[i] is not carriers[i]:
-                    family.copy([results[i]], [carriers[i]])
+            getattr(collective, "fill", _copy)(layout, carriers, results, ties)
         else:
             # After an error, transfers may go on. New results are private until they are returned, and kept by whatever
             # still writes to them; donated memory must not change, and memory that is freed must not even be read.
@@ -83,6 +81,12 @@ def move(
                     send_from_leaves=send_from_leaves,
                 )
     return _finish(request, leaves, results, ties)
+
+
+def _copy(layout: Layout, carriers: Sequence[Any], results: Sequence[Any], ties: Mapping[int, int]) -> None:
+    for i, family in enumerate(layout.families):
+        if i not in ties and results[i] is not carriers[i]:
+            family.copy([results[i]], [carriers[i]])
 
 
 def _finish(request: Request, leaves: Sequence[Any], results: Sequence[Any], ties: dict[int, int]) -> list[Any]:

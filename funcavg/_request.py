@@ -14,7 +14,7 @@ from funcavg import _tree
 from funcavg._agree import Claim, digest
 from funcavg._arrays import Family, Leaf, family_of
 
-__all__ = ["Layout", "Request", "Where", "failed_request", "make_request"]
+__all__ = ["Layout", "Request", "Where", "check_weight", "failed_request", "make_request"]
 
 Where = Callable[[tuple[Any, ...]], Any]
 BAD_SHOWN = 5
@@ -83,7 +83,7 @@ def make_request(
     of a torch transform: ties are not looked for, since their memory may be out of reach.
     """
     try:
-        number = _check_weight(weight)
+        number = check_weight(weight)
         if where is not None:
             only = _accepted(spec, where)
         layout = _layout_of(everything, spec, only)
@@ -128,7 +128,8 @@ def _accepted(spec: _tree.Spec, where: Where) -> frozenset[int]:
     return frozenset(accepted)
 
 
-def _check_weight(weight: Any) -> float:
+def check_weight(weight: Any) -> float:
+    """Return a rank's weight as a number, 1 if there is none; or raise what is wrong with it."""
     if weight is None:
         return 1.0
     try:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from funcavg._buckets import Slots, bucket_bytes, host_memory
+from funcavg._buckets import Slots, bucket_bytes, device_memory, host_memory
 from funcavg._errors import PeerLostError
 from funcavg.collectives.base import Collective
 
@@ -113,7 +113,7 @@ class Session:
     def slots(self, memory: str) -> Slots:
         """Return the bucket memory on the host (``"cpu"``) or on an accelerator (torch's name of the device)."""
         if memory not in self._slots:
-            allocate = host_memory if memory == "cpu" else _device_memory(memory)
+            allocate = host_memory if memory == "cpu" else device_memory(memory)
             self._slots[memory] = Slots(allocate, self.bucket_bytes)
         slots: Slots = self._slots[memory]
         return slots
@@ -128,16 +128,6 @@ class Session:
                 self._plans.popitem(last=False)
         result: T = self._plans[key]
         return result
-
-
-def _device_memory(device: str) -> Callable[[int], Any]:
-    import torch
-
-    def allocate(nbytes: int) -> Any:
-        with torch.inference_mode(mode=False):  # it outlives the call
-            return torch.empty(nbytes, dtype=torch.uint8, device=device)
-
-    return allocate
 
 
 _GRAVEYARD: list[Any] = []

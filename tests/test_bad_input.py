@@ -366,8 +366,11 @@ def test_axis_names_that_nothing_binds():
 
 
 def test_what_a_group_may_be_is_told():
-    kinds = "None, a torch.distributed ProcessGroup, a 1-D DeviceMesh, an mpi4py communicator or a funcavg.Collective"
-    with pytest.raises(TypeError, match=f"average: group must be {kinds}, got 1.5 of type float"):
+    kinds = (
+        "None, a torch.distributed ProcessGroup, a 1-D DeviceMesh, an mpi4py communicator, a funcavg.Collective or "
+        "funcavg.stacked()"
+    )
+    with pytest.raises(TypeError, match=re.escape(f"average: group must be {kinds}, got 1.5 of type float")):
         average({"w": 1.0}, 1.5)
 
 

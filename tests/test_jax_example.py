@@ -158,4 +158,4 @@ def test_ranks_without_mpi4py_are_told_so(refusal, monkeypatch):
 def test_a_single_device_is_refused(refusal, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")  # the user's choice is kept
     monkeypatch.setattr("jax.device_count", lambda: 1)
-    assert refusal().startswith("jax_local_sgd.py: error: one worker has nobody to average with.")
+    assert refusal().startswith("jax_local_sgd.py: error: there is one worker only: ")

@@ -18,13 +18,13 @@ from funcavg.testing import run_ranks
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
 STRICT = {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise", "OMP_NUM_THREADS": "1"}
+TWO_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
 
 
 def test_over_an_axis():
     """In a process of its own, whose JAX has two devices."""
     script = Path(__file__).with_name("jax_axis.py")
-    two_devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    environ = os.environ | STRICT | two_devices | {"PYTHONPATH": str(script.parent.parent)}
+    environ = os.environ | STRICT | TWO_DEVICES | {"PYTHONPATH": str(script.parent.parent)}
     subprocess.run([sys.executable, str(script)], check=True, env=environ, timeout=110)
 
 
@@ -119,8 +119,9 @@ def everything(group, rank, size):
 
 
 def check(group, rank, size):
-    for name, got, wanted in everything(group, rank, size):
-        np.testing.assert_allclose(got, wanted, rtol=2e-5, err_msg=name)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):  # of the thread
+        for name, got, wanted in everything(group, rank, size):
+            np.testing.assert_allclose(got, wanted, rtol=2e-5, err_msg=name)
     return True
 
 
@@ -132,15 +133,12 @@ def strict():
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_over_threads(size):
-    def fn(group):
-        with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):  # of the thread
-            return check(group, group.rank, size)
-
-    assert run_ranks(size, fn, timeout=100) == [True] * size
+    assert run_ranks(size, lambda group: check(group, group.rank, size), timeout=100) == [True] * size
 
 
 def over_gloo(rank):
-    os.environ.update(STRICT)
+    os.environ.update(TWO_DEVICES)
+    assert jax.device_count() == 2
     return check(None, rank, 2)
 
 
@@ -149,13 +147,14 @@ def test_over_gloo():
 
 
 def over_mpi(comm):
+    assert jax.device_count() == 2
     return check(comm, comm.rank, comm.size)
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("size", [2, 3])
 def test_over_mpi(size):
-    assert mpi.run_mpi(size, over_mpi, timeout=100, **STRICT) == [True] * size
+    assert mpi.run_mpi(size, over_mpi, timeout=100, **STRICT, **TWO_DEVICES) == [True] * size
 
 
 def test_derivatives_are_those_of_finite_differences():

@@ -18,6 +18,7 @@ NAMES = [
     "TreeMismatchError",
     "average",
     "should_average",
+    "stacked",
     "start_average",
 ]
 

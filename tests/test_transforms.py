@@ -1,5 +1,6 @@
 """average as a function that torch differentiates and vectorises. The loss is the sum over ranks."""
 
+import mpi
 import numpy as np
 import pytest
 import torch
@@ -94,6 +95,16 @@ def compositions_over_gloo(rank):
 
 def test_compositions_over_gloo():
     run_processes(2, compositions_over_gloo)
+
+
+def compositions_over_mpi(comm):
+    for weights in (None, (1.0, 3.0)):
+        check(compositions(comm.rank, 2, comm, weights, forward_mode=True))
+
+
+@pytest.mark.mpi
+def test_compositions_over_mpi():
+    mpi.run_mpi(2, compositions_over_mpi)
 
 
 def test_gradient_against_finite_differences():

@@ -114,8 +114,8 @@ def _rejection(group: Any) -> TypeError:
         )
     shown = repr(group)
     return TypeError(
-        f"average: group must be None, a torch.distributed ProcessGroup, a 1-D DeviceMesh, an mpi4py communicator or a "
-        f"funcavg.Collective, got "
+        f"average: group must be None, a torch.distributed ProcessGroup, a 1-D DeviceMesh, an mpi4py communicator, a "
+        f"funcavg.Collective or funcavg.stacked(), got "
         f"{shown if len(shown) <= 80 else shown[:77] + '...'} of type {type(group).__name__}"
     )
 
