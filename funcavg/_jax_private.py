@@ -1,8 +1,8 @@
 """How a compiled program of JAX's calls an average: all that needs parts of JAX which are not public.
 
-On the host, the callback gets XLA's own buffers: leaves are read, and means written, where XLA has them. (Callbacks of
-JAX's public functions return arrays, which XLA then copies into memory of its own: half as long again for a large
-model.) Elsewhere it gets and returns copies on the host.
+In a program for one device which is the host, the callback gets XLA's own buffers: leaves are read, and means written,
+where XLA has them. Elsewhere it gets and returns arrays on the host, of which XLA makes copies (and for a large model
+takes half as long again). XLA's partitioner knows of no other kind, so neither can programs for several devices.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ class _Private(NamedTuple):
     build_call: Any
     emit_python_callback: Any
     on_one_device: Any
-    set_sharding: Any
     abstract_token: Any
     token_set: Any
 
@@ -50,7 +49,6 @@ def _private() -> _Private:
             ffi.build_ffi_lowering_function,
             callback.emit_python_callback,
             callback._callback_op_sharding,
-            mlir.set_sharding,
             core.abstract_token,
             mlir.TokenSet,
         )
@@ -93,7 +91,7 @@ def prepare_jax() -> tuple[Any, Callable[[Any, Sequence[Any], Run], Sequence[Any
                 "average: a group of processes inside jax.shard_map or jax.pmap, where every device would call it. "
                 "Pass the axis name there, and average over the group outside."
             )
-        if ctx.module_context.platforms == ("cpu",):
+        if tuple(ctx.module_context.platforms) == ("cpu",) and context.num_devices == 1:
             token, *results = _call_in_place(ctx, token, operands, keeping_failures(run), private)
         else:
             results, token, _ = private.emit_python_callback(
@@ -131,7 +129,6 @@ def _call_in_place(ctx: Any, token: Any, operands: Sequence[Any], run: Run, priv
     )
     build = private.build_call(IN_PLACE, has_side_effect=True)
     call = build(with_token, token, *operands, index=np.uint64(len(module.host_callbacks) - 1))
-    private.set_sharding(module, call, private.on_one_device(module.axis_context, None, with_token.avals_out))
     results: Sequence[Any] = call.results
     return results
 

@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 from funcavg import average, should_average, start_average
+from funcavg.collectives import Solo
 
 P = jax.P
 MESH = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -96,6 +97,14 @@ both = jax.shard_map(lambda x: average(x, ("a", "b")), mesh=MESH_2D, in_specs=P(
 np.testing.assert_allclose(both(ROWS), [MEAN, MEAN])
 replicated = jax.shard_map(lambda x: average(x, "d"), mesh=MESH, in_specs=P(), out_specs=P())
 np.testing.assert_array_equal(replicated(ROWS), ROWS)
+
+# A group of processes, in a program for both devices: it is called once, with whole arrays.
+whole = jax.device_put(ROWS, jax.sharding.NamedSharding(MESH, P("d")))
+halves = jax.jit(lambda x: average({"x": x, "sum": x.sum()}, Solo()))(whole)
+np.testing.assert_array_equal(halves["x"], ROWS)
+assert (halves["sum"], halves["x"].sharding) == (ROWS.sum(), whole.sharding)
+slope = jax.jit(jax.grad(lambda x: (average(x, Solo()) ** 2).sum()))(whole)
+np.testing.assert_allclose(slope, 2 * ROWS)
 
 for attempt, kind, words in (
     (lambda: average(ROWS, "d"), ValueError, "no such axis is bound here"),
