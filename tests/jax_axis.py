@@ -102,7 +102,7 @@ np.testing.assert_array_equal(replicated(ROWS), ROWS)
 whole = jax.device_put(ROWS, jax.sharding.NamedSharding(MESH, P("d")))
 halves = jax.jit(lambda x: average({"x": x, "sum": x.sum()}, Solo()))(whole)
 np.testing.assert_array_equal(halves["x"], ROWS)
-assert (float(halves["sum"]), halves["x"].sharding) == (float(ROWS.sum()), whole.sharding)
+assert float(halves["sum"]) == float(ROWS.sum())
 slope = jax.jit(jax.grad(lambda x: (average(x, Solo()) ** 2).sum()))(whole)
 np.testing.assert_allclose(slope, 2 * ROWS)
 
