@@ -1,11 +1,14 @@
 """Average the parameters of a distributed training job, as a pure function.
 
 When: `should_average`. What: `average`, `start_average`. With whom: `Collective`, `stacked` and `funcavg.collectives`.
-For classic loops: `PeriodicModelAverager` and its kin, which need torch and are imported when first asked for.
+How, over a training run: `periodic`, `hierarchical`, and `diloco` with its optimizers in `funcavg.outer`; each makes an
+`Averager`. For classic loops: `PeriodicModelAverager` and its kin, which need torch. These two are imported when first
+asked for.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from funcavg._average import average, start_average
@@ -16,6 +19,8 @@ from funcavg._stacked import stacked
 from funcavg.collectives.base import Collective
 
 if TYPE_CHECKING:
+    from funcavg import outer
+    from funcavg.averagers import Averager, diloco, hierarchical, periodic
     from funcavg.stateful import (
         HierarchicalModelAverager,
         ModelAverager,
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "Averager",
     "Collective",
     "FuncavgError",
     "Handle",
@@ -34,20 +40,31 @@ __all__ = [
     "PostLocalSGDOptimizer",
     "TreeMismatchError",
     "average",
+    "diloco",
+    "hierarchical",
+    "outer",
+    "periodic",
     "should_average",
     "stacked",
     "start_average",
 ]
 __version__ = "0.1.0"
 
-_STATEFUL = frozenset({"HierarchicalModelAverager", "ModelAverager", "PeriodicModelAverager", "PostLocalSGDOptimizer"})
+_LATER = {
+    **dict.fromkeys(("Averager", "diloco", "hierarchical", "periodic"), "funcavg.averagers"),
+    # imports torch, whose classes these extend
+    **dict.fromkeys(
+        ("HierarchicalModelAverager", "ModelAverager", "PeriodicModelAverager", "PostLocalSGDOptimizer"),
+        "funcavg.stateful",
+    ),
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _STATEFUL:
-        from funcavg import stateful  # imports torch, whose classes these extend
-
-        return getattr(stateful, name)
+    if name == "outer":
+        return importlib.import_module("funcavg.outer")
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -66,21 +66,21 @@ def should_average(step: Any, warmup: int, period: int) -> Any:
     return step >= warmup and (step - warmup) % period == 0
 
 
-def check_schedule(warmup: Any, period: Any) -> tuple[int, int]:
+def check_schedule(warmup: Any, period: Any, who: str = "should_average") -> tuple[int, int]:
     """Return ``warmup`` and ``period`` as Python integers, or raise what `should_average` raises."""
-    warmup, period = _integer("warmup", warmup), _integer("period", period)
+    warmup, period = _integer("warmup", warmup, who), _integer("period", period, who)
     if period < 1:
-        raise ValueError(f"should_average: period must be at least 1, got {period!r}")
+        raise ValueError(f"{who}: period must be at least 1, got {period!r}")
     if warmup < 0:
-        raise ValueError(f"should_average: warmup must be at least 0, got {warmup!r}")
+        raise ValueError(f"{who}: warmup must be at least 0, got {warmup!r}")
     return warmup, period
 
 
-def _integer(name: str, value: Any) -> int:
+def _integer(name: str, value: Any, who: str = "should_average") -> int:
     is_bool = isinstance(value, (bool, np.bool_)) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
     try:
         if not is_bool:
             return operator.index(value)
     except TypeError:
         pass
-    raise TypeError(f"should_average: {name} must be an integer, got {value!r} of type {type(value).__name__}")
+    raise TypeError(f"{who}: {name} must be an integer, got {value!r} of type {type(value).__name__}")

@@ -8,12 +8,12 @@ to walk (Equinox modules, ``flax.struct``) is walked by JAX.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import optree
 
-__all__ = ["ROOT", "Spec", "flatten", "names", "paths", "unflatten"]
+__all__ = ["ROOT", "Spec", "combine", "flatten", "names", "paths", "unflatten"]
 
 ROOT = "params_tree"
 
@@ -55,6 +55,13 @@ def unflatten(spec: Spec, leaves: Sequence[Any]) -> Any:
     if spec.inner:
         leaves = [whole if treedef is None else treedef.unflatten(whole) for treedef, whole in _by_leaf(spec, leaves)]
     return optree.tree_unflatten(spec.outer, leaves)
+
+
+def combine(fn: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """Return the tree of ``fn(leaf, *leaves of the others in its place)``."""
+    leaves, spec = flatten(tree)
+    rows = [flatten(other)[0] for other in others]
+    return unflatten(spec, [fn(*column) for column in zip(leaves, *rows, strict=True)])
 
 
 def _by_leaf(spec: Spec, leaves: Sequence[Any]) -> Iterator[tuple[Any, Any]]:

@@ -7,6 +7,7 @@ import pytest
 import funcavg
 
 NAMES = [
+    "Averager",
     "Collective",
     "FuncavgError",
     "Handle",
@@ -17,6 +18,10 @@ NAMES = [
     "PostLocalSGDOptimizer",
     "TreeMismatchError",
     "average",
+    "diloco",
+    "hierarchical",
+    "outer",
+    "periodic",
     "should_average",
     "stacked",
     "start_average",

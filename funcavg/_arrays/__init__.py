@@ -16,7 +16,7 @@ import numpy as np
 from funcavg._arrays.base import Family, Leaf, type_name
 from funcavg._arrays.numpy import Integers, NumpyArrays, Scalars, StandIn, StandIns, is_averaged
 
-__all__ = ["Family", "Leaf", "StandIn", "family_of", "is_dtensor"]
+__all__ = ["Family", "Leaf", "StandIn", "family_of", "is_dtensor", "zeros_like"]
 
 
 class _Unsupported(Family):
@@ -46,6 +46,16 @@ def family_of(leaf: Any) -> Family:
     if family is None:
         family = _FAMILIES[kind] = _find_family(leaf)
     return family
+
+
+def zeros_like(leaf: Any) -> Any:
+    """Return zeros of a leaf's kind, dtype and shape."""
+    kind = type(leaf).__module__.partition(".")[0]
+    if kind == "torch":
+        return sys.modules["torch"].zeros_like(leaf, requires_grad=False)
+    if kind in ("jax", "jaxlib"):
+        return sys.modules["jax"].numpy.zeros_like(leaf)
+    return np.zeros_like(leaf) if isinstance(leaf, np.ndarray) else type(leaf)(0)
 
 
 def is_dtensor(leaf: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from funcavg.collectives.base import Collective
 from funcavg.collectives.solo import Solo
 
-__all__ = ["Collective", "Solo", "as_collective", "launched_ranks"]
+__all__ = ["Collective", "Solo", "as_collective", "default_group", "launched_ranks"]
 
 # (variable with the number of ranks, variable that must be there too, who sets them, what to call)
 Launcher = tuple[str, str, str, str]
@@ -55,13 +55,7 @@ def as_collective(group: Any = None) -> Collective | None:
     if torch_dist is not None and not torch_dist.is_available():
         torch_dist = None
     if group is None:
-        if torch_dist is not None and torch_dist.is_initialized():
-            group = torch_dist.group.WORLD
-        elif (world := _mpi_world()) is not None and world.size > 1:
-            group = world
-        else:
-            _guard_against_silent_solo(os.environ)
-            return Solo()
+        group = default_group()
     if torch_dist is not None and _is_torch_group(group, torch_dist):
         from funcavg.collectives.torch import collective_of
 
@@ -79,6 +73,17 @@ def as_collective(group: Any = None) -> Collective | None:
             raise ValueError(f"average: group {group!r} has rank {group.rank} of size {group.size}")
         return group
     raise _rejection(group)
+
+
+def default_group() -> Any:
+    """Return what ``group=None`` means."""
+    torch_dist = sys.modules.get("torch.distributed")
+    if torch_dist is not None and torch_dist.is_available() and torch_dist.is_initialized():
+        return torch_dist.group.WORLD
+    if (world := _mpi_world()) is not None and world.size > 1:
+        return world
+    _guard_against_silent_solo(os.environ)
+    return Solo()
 
 
 def _is_torch_group(group: Any, torch_dist: Any) -> bool:

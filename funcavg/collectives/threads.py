@@ -28,12 +28,27 @@ class Meeting:
         self._arrived = [0] * size  # meetings that each rank has come to
         self._gone: dict[int, str] = {}  # ranks that will come to no more meetings, and why
         self._changed = threading.Condition()
+        self._blocks: dict[range, Meeting] = {}
 
     def leave(self, rank: int, why: str) -> None:
-        """Say that a rank comes no more, so that nobody waits for it."""
+        """Say that a rank comes no more, so that nobody waits for it, here or among some of the ranks."""
         with self._changed:
             self._gone.setdefault(rank, why)  # the first reason is the cause
             self._changed.notify_all()
+            blocks = [(members, block) for members, block in self._blocks.items() if rank in members]
+        for members, block in blocks:
+            block.leave(members.index(rank), why)
+
+    def block(self, members: range) -> Meeting:
+        """Return where some of the ranks meet."""
+        with self._changed:
+            if members not in self._blocks:
+                self._blocks[members] = Meeting(len(members))
+            gone = {rank: why for rank, why in self._gone.items() if rank in members}
+            block = self._blocks[members]
+        for rank, why in gone.items():
+            block.leave(members.index(rank), why)
+        return block
 
     def meet(self, rank: int, timeout: float) -> None:
         """Wait until every rank has come as often as this one."""
@@ -66,6 +81,10 @@ class Threads:
 
     def __repr__(self) -> str:
         return f"<rank {self.rank} of {self.size} threads>"
+
+    def block(self, members: range) -> Threads:
+        """Return this rank's place among some of the ranks."""
+        return Threads(members.index(self.rank), self._meeting.block(members))
 
     def _swap(self, post: Any, timeout: float) -> list[Any]:
         self._meeting.posts[self.rank] = post

@@ -1,0 +1,20 @@
+"""How, over a training run: averagers, each a pair of pure functions ``init`` and ``update``. One method a file."""
+
+from __future__ import annotations
+
+from funcavg.averagers._base import Averager, InitFn, UpdateFn
+from funcavg.averagers._diloco import DiLoCoState, diloco
+from funcavg.averagers._hierarchical import HierarchicalState, hierarchical
+from funcavg.averagers._periodic import PeriodicState, periodic
+
+__all__ = [
+    "Averager",
+    "DiLoCoState",
+    "HierarchicalState",
+    "InitFn",
+    "PeriodicState",
+    "UpdateFn",
+    "diloco",
+    "hierarchical",
+    "periodic",
+]

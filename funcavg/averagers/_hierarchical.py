@@ -1,0 +1,149 @@
+"""Hierarchical SGD: small groups average often, larger ones less often."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+from funcavg._request import Where
+from funcavg._schedule import check_schedule, should_average
+from funcavg.averagers._base import (
+    Averager,
+    choose,
+    fail_everywhere,
+    same_tree,
+    signature_of,
+    synchronise,
+    without_grad,
+)
+from funcavg.averagers._periodic import another_tree
+from funcavg.collectives.blocks import block_of
+
+__all__ = ["HierarchicalState", "hierarchical"]
+
+
+class HierarchicalState(NamedTuple):
+    """The state of `hierarchical`: the same on every rank, and fit for any groups."""
+
+    step: Any  # updates so far; shape (), an integer
+    tree: Any  # stands for the tree's paths, shapes and dtypes; shape (16,), uint8
+
+
+def hierarchical(
+    levels: Mapping[int, Any],
+    *,
+    warmup: int = 0,
+    anchor: Literal["step", "warmup"] = "step",
+    group: Any = None,
+    where: Where | None = None,
+) -> Averager:
+    r"""Average parameters at several levels: hierarchical SGD.
+
+    ``levels`` maps periods :math:`p_1, \dots, p_L`, each a multiple of the one before, to who averages so often. From
+    step :math:`t = W` = ``warmup`` on,
+
+    .. math:: \theta_i \leftarrow \frac{1}{|G_l|} \sum_{j \in G_l} \theta_j, \qquad l = \max \{k : p_k \mid t\}
+
+    over the group :math:`G_l` of rank :math:`i`; where no period divides :math:`t`, nothing happens. With
+    ``anchor="warmup"`` periods divide :math:`t - W` instead, so that the first average comes right after the warm-up,
+    over the largest groups. During warm-up the caller averages gradients, as with `periodic`.
+
+    Args:
+        levels: {period, in steps: group}. A group is whatever `funcavg.average` takes, an axis name included; or a
+            number, of consecutive ranks of ``group`` in each block that averages so often, which divides the number of
+            ranks in ``group``.
+        warmup: Steps, at least 0, before the first average.
+        anchor: What periods count from: ``"step"``, from the first step, as in torch's ``HierarchicalModelAverager``;
+            ``"warmup"``, from the end of the warm-up, as in `periodic`.
+        group: What numbers in ``levels`` are blocks of.
+        where: Which leaves are averaged, as for `funcavg.average`.
+
+    Returns:
+        An `Averager`. Its state is a `HierarchicalState`.
+
+    Raises:
+        TypeError, ValueError: If ``levels`` is empty or no mapping; if periods or ``warmup`` are no integers, are too
+            small, or do not nest; if a number does not divide the ranks of ``group``. On this rank.
+        ValueError: From ``update``, if the tree is not that of ``init``; see `periodic`.
+
+        ``update`` raises what `funcavg.average` raises, on the ranks of the group that averages.
+
+    Communication:
+        Where ``levels`` holds numbers, calling this is collective: the ranks of ``group`` make the smaller groups
+        together. ``init`` communicates nothing; ``update`` as one `funcavg.average` over the group of its level.
+
+    Example:
+        Pairs average every 2 steps, all four ranks every 4:
+
+        >>> import numpy as np
+        >>> import funcavg
+        >>> from funcavg.testing import run_ranks
+        >>> def train(group):
+        ...     averager = funcavg.hierarchical({2: 2, 4: 4}, warmup=1, group=group)
+        ...     params, seen = {"w": np.array(float(group.rank))}, []
+        ...     state = averager.init(params)
+        ...     for _ in range(5):
+        ...         params, state = averager.update(params, state)
+        ...         seen.append(float(params["w"]))
+        ...     return seen
+        >>> for seen in run_ranks(4, train): print(seen)
+        [0.0, 0.0, 0.5, 0.5, 1.5]
+        [1.0, 1.0, 0.5, 0.5, 1.5]
+        [2.0, 2.0, 2.5, 2.5, 1.5]
+        [3.0, 3.0, 2.5, 2.5, 1.5]
+
+    References:
+        Wang et al., `Demystifying Why Local Aggregation Helps: Convergence Analysis of Hierarchical SGD
+        <https://arxiv.org/abs/2010.12998>`_, AAAI 2022. torch's ``HierarchicalModelAverager``.
+    """
+    periods, start, warmup = _check(levels, warmup, anchor)
+    groups = [block_of(group, who) if isinstance(who, int) else who for who in (levels[period] for period in periods)]
+
+    def init(params: Any) -> HierarchicalState:
+        return HierarchicalState(0, signature_of(params, where))
+
+    def update(params: Any, state: HierarchicalState, *, weight: Any = None, donate: bool = False) -> Any:
+        step = state.step
+
+        def fires(level: int) -> Any:
+            due = should_average(step, warmup=start, period=periods[level])
+            return due if start == warmup else due & (step >= warmup)
+
+        def meet_at(level: int) -> Any:
+            return lambda params: synchronise(
+                params, groups[level], method="hierarchical", step=step, weight=weight, where=where, donate=donate
+            )
+
+        def meet(level: int) -> Any:
+            """Average at this level, or at a higher one: periods nest, so that it is due only if this one is."""
+            if level + 1 == len(periods):
+                return meet_at(level)
+            return lambda params: choose(fires(level + 1), [meet_at(level), meet(level + 1)], params)
+
+        with without_grad():
+            if not same_tree(state.tree, params, where):
+                due = [level for level in range(len(periods)) if fires(level)]
+                fail_everywhere(another_tree("hierarchical"), groups[max(due, default=0)], others_wait=bool(due))
+            params = choose(fires(0), [lambda params: params, meet(0)], params)
+            return params, state._replace(step=step + 1)
+
+    return Averager(init, update)
+
+
+def _check(levels: Any, warmup: Any, anchor: Any) -> tuple[list[int], int, int]:
+    """Return periods, ascending; the step that they count from; and the warm-up."""
+    if not isinstance(levels, Mapping) or not levels:
+        raise TypeError(f"hierarchical: levels must map periods to groups, at least one, got {levels!r}")
+    if anchor not in ("step", "warmup"):
+        raise ValueError(f'hierarchical: anchor must be "step" or "warmup", got {anchor!r}')
+    for period in levels:
+        warmup, _ = check_schedule(warmup, period, "hierarchical")
+    periods = sorted(levels)
+    for shorter, longer in pairwise(periods):
+        if longer % shorter:
+            raise ValueError(
+                f"hierarchical: each period must be a multiple of the one before, but {longer} is none of {shorter}: "
+                f"got {periods}"
+            )
+    return periods, warmup if anchor == "warmup" else 0, warmup

@@ -1,0 +1,109 @@
+"""Local SGD and post-local SGD."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from funcavg._request import Where
+from funcavg._schedule import check_schedule, should_average
+from funcavg.averagers._base import (
+    Averager,
+    choose,
+    fail_everywhere,
+    same_tree,
+    signature_of,
+    synchronise,
+    without_grad,
+)
+
+__all__ = ["PeriodicState", "another_tree", "periodic"]
+
+
+class PeriodicState(NamedTuple):
+    """The state of `periodic`: the same on every rank, and fit for any number of them."""
+
+    step: Any  # updates so far; shape (), an integer
+    tree: Any  # stands for the tree's paths, shapes and dtypes; shape (16,), uint8
+
+
+def periodic(period: int, *, warmup: int = 0, group: Any = None, where: Where | None = None) -> Averager:
+    r"""Average parameters every ``period`` steps: local SGD, with a warm-up post-local SGD.
+
+    At steps :math:`t = 0, 1, 2, \dots` with :math:`t \ge W` and :math:`(t - W) \bmod p = 0`,
+
+    .. math:: \theta_i \leftarrow \frac{1}{N} \sum_j \theta_j
+
+    where :math:`p` = ``period`` and :math:`W` = ``warmup``; with no warm-up, the very first update averages. At all
+    other steps parameters come back as they went in. **During warm-up nothing is averaged here**: post-local SGD means
+    that the caller averages gradients until then, as in the example. The optimizer's own state stays local.
+
+    Args:
+        period: Steps, at least 1, between two averagings.
+        warmup: Steps, at least 0, before the first.
+        group: Who takes part, as for `funcavg.average`.
+        where: Which leaves are averaged, as for `funcavg.average`.
+
+    Returns:
+        An `Averager`. Its state is a `PeriodicState`. ``init`` communicates nothing.
+
+    Raises:
+        TypeError, ValueError: If ``period`` or ``warmup`` is no integer, or too small. On this rank. From ``init``, if
+            a leaf can be neither averaged nor passed through: on this rank.
+        ValueError: From ``update``, if the tree is not that of ``init``: on every rank, at steps that average; at
+            others, on this rank.
+
+        ``update`` raises what `funcavg.average` raises, at steps that average.
+
+    Communication:
+        That of one `funcavg.average` every ``period`` steps, else none.
+
+    Example:
+        >>> import numpy as np
+        >>> import funcavg
+        >>> from funcavg.testing import run_ranks
+        >>> def train(group):
+        ...     averager = funcavg.periodic(period=2, warmup=2, group=group)
+        ...     params, seen = {"w": np.zeros(1)}, []
+        ...     state = averager.init(params)
+        ...     for step in range(5):
+        ...         grads = {"w": params["w"] - group.rank}  # ranks pull to 0 and to 1
+        ...         if step < 2:
+        ...             grads = funcavg.average(grads, group)
+        ...         params = {"w": params["w"] - 0.5 * grads["w"]}
+        ...         params, state = averager.update(params, state)
+        ...         seen.append(float(params["w"][0]))
+        ...     return seen
+        >>> run_ranks(2, train)
+        [[0.25, 0.375, 0.4375, 0.21875, 0.484375], [0.25, 0.375, 0.4375, 0.71875, 0.484375]]
+
+    References:
+        Stich, `Local SGD Converges Fast and Communicates Little <https://arxiv.org/abs/1805.09767>`_, ICLR 2019. Lin et
+        al., `Don't Use Large Mini-Batches, Use Local SGD <https://arxiv.org/abs/1808.07217>`_, ICLR 2020. The steps are
+        those of torch's ``PeriodicModelAverager``.
+    """
+    warmup, period = check_schedule(warmup, period, "periodic")
+
+    def init(params: Any) -> PeriodicState:
+        return PeriodicState(0, signature_of(params, where))
+
+    def update(params: Any, state: PeriodicState, *, weight: Any = None, donate: bool = False) -> Any:
+        def meet(params: Any) -> Any:
+            return synchronise(
+                params, group, method="periodic", step=state.step, weight=weight, where=where, donate=donate
+            )
+
+        with without_grad():
+            fires = should_average(state.step, warmup=warmup, period=period)
+            if not same_tree(state.tree, params, where):
+                fail_everywhere(another_tree("periodic"), group, others_wait=fires)
+            return choose(fires, [lambda params: params, meet], params), state._replace(step=state.step + 1)
+
+    return Averager(init, update)
+
+
+def another_tree(method: str) -> ValueError:
+    """Return the error for a tree that is not the one of ``init``."""
+    return ValueError(
+        f"{method}: update was given another tree than init: paths, shapes, dtypes or what `where` accepts differ. "
+        f"Keep the tree as it is, or begin anew with init."
+    )

@@ -1,0 +1,46 @@
+"""Blocks of consecutive ranks: the smaller groups of a hierarchy."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from funcavg.collectives import as_collective, default_group
+from funcavg.collectives.solo import Solo
+
+__all__ = ["block_of"]
+
+
+def block_of(group: Any, size: int) -> Any:
+    """Return the group of ``size`` consecutive ranks of ``group`` that this rank is one of. Collective."""
+    group = default_group() if group is None else group
+    collective = as_collective(group)
+    if collective is None:
+        return group
+    if isinstance(size, bool) or size < 1 or collective.size % size:
+        raise ValueError(
+            f"hierarchical: a block must hold a number of ranks that divides the {collective.size} ranks of its group, "
+            f"got {size!r}"
+        )
+    if size == collective.size:
+        return group
+    if size == 1:
+        return Solo()
+    first = collective.rank // size * size
+    members = range(first, first + size)
+    if hasattr(collective, "block"):
+        return collective.block(members)
+    mpi: Any = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and isinstance(group, mpi.Comm):
+        return group.Split(first, collective.rank)
+    dist: Any = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available():
+        mesh = getattr(sys.modules.get("torch.distributed.device_mesh"), "DeviceMesh", ())
+        group = group.get_group() if isinstance(group, mesh) else group
+        if isinstance(group, dist.ProcessGroup):
+            ranks = dist.get_process_group_ranks(group)
+            return dist.new_group([ranks[member] for member in members], use_local_synchronization=True)
+    raise TypeError(
+        f"hierarchical: numbers of ranks need a torch process group, an mpi4py communicator or the group of run_ranks, "
+        f"got {group!r}. Map periods to groups instead."
+    )

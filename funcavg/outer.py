@@ -1,0 +1,201 @@
+"""Outer optimizers: what `funcavg.diloco` does with the mean pseudo-gradient.
+
+An outer optimizer is a pair of pure functions with the signatures of optax, so that any optax transform is one, too::
+
+    state          = outer.init(anchor)
+    updates, state = outer.update(pseudo_gradient, state, anchor)       anchor + updates is the next anchor
+
+The pseudo-gradient is the old anchor minus the workers' mean: like a gradient it points uphill, and the optimizer steps
+against it.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from funcavg import _tree
+from funcavg._arrays import zeros_like
+
+__all__ = ["MomentumState", "Outer", "as_outer", "nesterov", "sgd"]
+
+
+class Outer(NamedTuple):
+    """An outer optimizer: pure functions ``init(anchor)`` and ``update(pseudo_gradient, state, anchor)``."""
+
+    init: Callable[[Any], Any]
+    update: Callable[..., tuple[Any, Any]]
+
+
+class MomentumState(NamedTuple):
+    """The state of `sgd` and `nesterov`."""
+
+    momentum: Any  # the anchor's tree, shapes and dtypes; None without momentum
+
+
+def sgd(lr: float, momentum: float = 0.0) -> Outer:
+    r"""Gradient descent with heavy-ball momentum, on any framework's trees.
+
+    .. math:: u \leftarrow \mu u + \Delta, \qquad \Theta \leftarrow \Theta - \eta u
+
+    With ``lr=1`` and no momentum, an outer step is plain averaging.
+
+    Args:
+        lr: The rate :math:`\eta`, positive.
+        momentum: :math:`\mu`, at least 0 and less than 1.
+
+    Returns:
+        An `Outer`, whose state is a `MomentumState`: :math:`u`, zeros to begin with.
+
+    Raises:
+        TypeError, ValueError: If an argument is no number, or outside its range.
+
+    Communication:
+        None.
+
+    Example:
+        >>> import numpy as np
+        >>> from funcavg import outer
+        >>> optimizer = outer.sgd(lr=0.5, momentum=0.5)
+        >>> anchor = {"w": np.array([1.0])}
+        >>> state = optimizer.init(anchor)
+        >>> for _ in range(3):
+        ...     updates, state = optimizer.update({"w": np.array([0.2])}, state, anchor)
+        ...     print(updates["w"])
+        [-0.1]
+        [-0.15]
+        [-0.175]
+
+    References:
+        torch's ``torch.optim.SGD(lr, momentum)`` and optax's ``optax.sgd(lr, momentum)`` do the same.
+    """
+    _check(lr, momentum)
+
+    def update(pseudo_gradient: Any, state: MomentumState, anchor: Any = None) -> tuple[Any, MomentumState]:
+        del anchor  # a rule that needs only the direction
+        if state.momentum is None:
+            return _tree.combine(lambda delta: -lr * delta, pseudo_gradient), state
+        velocity = _tree.combine(lambda u, delta: momentum * u + delta, state.momentum, pseudo_gradient)
+        return _tree.combine(lambda u: -lr * u, velocity), MomentumState(velocity)
+
+    return Outer(_init_with(momentum), update)
+
+
+def nesterov(lr: float, momentum: float) -> Outer:
+    r"""Gradient descent with Nesterov momentum, on any framework's trees.
+
+    .. math:: u \leftarrow \mu u + \Delta, \qquad \Theta \leftarrow \Theta - \eta (\Delta + \mu u)
+
+    Args:
+        lr: The rate :math:`\eta`, positive.
+        momentum: :math:`\mu`, at least 0 and less than 1.
+
+    Returns:
+        An `Outer`, whose state is a `MomentumState`: :math:`u`, zeros to begin with.
+
+    Raises:
+        TypeError, ValueError: If an argument is no number, or outside its range.
+
+    Communication:
+        None.
+
+    Example:
+        >>> import numpy as np
+        >>> from funcavg import outer
+        >>> optimizer = outer.nesterov(lr=0.5, momentum=0.5)
+        >>> state = optimizer.init({"w": np.array([1.0])})
+        >>> optimizer.update({"w": np.array([0.2])}, state)[0]["w"]
+        array([-0.15])
+
+    References:
+        Sutskever et al., `On the importance of initialization and momentum in deep learning
+        <https://proceedings.mlr.press/v28/sutskever13.html>`_, ICML 2013. torch's ``torch.optim.SGD(lr, momentum,
+        nesterov=True)`` and optax's ``optax.sgd(lr, momentum, nesterov=True)`` do the same.
+    """
+    _check(lr, momentum)
+
+    def update(pseudo_gradient: Any, state: MomentumState, anchor: Any = None) -> tuple[Any, MomentumState]:
+        del anchor  # a rule that needs only the direction
+        if state.momentum is None:
+            return _tree.combine(lambda delta: -lr * delta, pseudo_gradient), state
+        velocity = _tree.combine(lambda u, delta: momentum * u + delta, state.momentum, pseudo_gradient)
+        updates = _tree.combine(lambda u, delta: -lr * (delta + momentum * u), velocity, pseudo_gradient)
+        return updates, MomentumState(velocity)
+
+    return Outer(_init_with(momentum), update)
+
+
+def _init_with(momentum: float) -> Callable[[Any], MomentumState]:
+    return lambda anchor: MomentumState(_tree.combine(zeros_like, anchor) if momentum else None)
+
+
+def _check(lr: Any, momentum: Any) -> None:
+    for name, value in (("lr", lr), ("momentum", momentum)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"outer: {name} must be a number, got {value!r} of type {type(value).__name__}")
+    if not 0 < lr < float("inf"):
+        raise ValueError(f"outer: lr must be positive and finite, got {lr!r}")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"outer: momentum must be at least 0 and less than 1, got {momentum!r}")
+
+
+class Stepper(NamedTuple):
+    """An outer optimizer that returns the next anchor itself: ``step(pseudo_gradient, state, anchor)``."""
+
+    init: Callable[[Any], Any]
+    step: Callable[[Any, Any, Any], tuple[Any, Any]]
+
+
+def as_outer(outer: Any) -> Stepper:
+    """Return how to step with whatever `funcavg.diloco` takes as ``outer``."""
+    if hasattr(outer, "init") and hasattr(outer, "update"):
+
+        def step(pseudo_gradient: Any, state: Any, anchor: Any) -> tuple[Any, Any]:
+            updates, state = outer.update(pseudo_gradient, state, anchor)
+            return _tree.combine(lambda leaf, change: _of_its_dtype(leaf + change, leaf), anchor, updates), state
+
+        return Stepper(outer.init, step)
+    if callable(outer):
+        return _torch_optimizer(outer)
+    raise TypeError(
+        f"diloco: outer must be of funcavg.outer, an optax transform, or a function from parameters to a torch "
+        f"optimizer, such as lambda params: torch.optim.SGD(params, lr=0.7), got {outer!r} of type "
+        f"{type(outer).__name__}"
+    )
+
+
+def _of_its_dtype(value: Any, leaf: Any) -> Any:
+    """Undo a promotion: an optax schedule, for one, is a float32 array."""
+    dtype = getattr(leaf, "dtype", None)
+    return value if getattr(value, "dtype", None) == dtype else value.astype(dtype)
+
+
+def _torch_optimizer(factory: Callable[[Any], Any]) -> Stepper:
+    """Step with an optimizer that is made anew each time around copies, its state kept outside."""
+
+    def made(anchor: Any, state: Any) -> tuple[list[Any], Any, Any]:
+        torch: Any = sys.modules.get("torch")
+        leaves, spec = _tree.flatten(anchor)
+        if torch is None or not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
+            kinds = sorted({type(leaf).__name__ for leaf in leaves})
+            raise TypeError(f"diloco: a torch optimizer as outer is for trees of torch tensors, got {kinds}")
+        params = [torch.nn.Parameter(leaf.detach().clone()) for leaf in leaves]
+        optimizer = factory(params)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"diloco: outer must return a torch.optim.Optimizer, got {optimizer!r}")
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": copy.deepcopy(state)})
+        return params, optimizer, spec
+
+    def init(anchor: Any) -> Any:
+        return made(anchor, {})[1].state_dict()["state"]
+
+    def step(pseudo_gradient: Any, state: Any, anchor: Any) -> tuple[Any, Any]:
+        params, optimizer, spec = made(anchor, state)
+        for param, delta in zip(params, _tree.flatten(pseudo_gradient)[0], strict=True):
+            param.grad = delta
+        optimizer.step()
+        return _tree.unflatten(spec, [param.detach() for param in params]), optimizer.state_dict()["state"]
+
+    return Stepper(init, step)
