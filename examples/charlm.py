@@ -120,6 +120,17 @@ def sgd(state: State, grads: Params, rate: float) -> State:
     return {"params": {name: params[name] - rate * velocity[name] for name in params}, "velocity": velocity}
 
 
+def adam(state: State, grads: Params, rate: float, step: int) -> State:
+    """Take step number ``step`` of Adam: the state holds params, and moving means of gradients and of their squares."""
+    params = state["params"]
+    mean = {name: 0.9 * state["mean"][name] + 0.1 * grads[name] for name in params}
+    square = {name: 0.95 * state["square"][name] + 0.05 * grads[name] ** 2 for name in params}
+    # Both begin as zeros, and are that much too small.
+    rate, unbias = rate / (1 - 0.9 ** (step + 1)), 1 / (1 - 0.95 ** (step + 1))
+    moved = {name: params[name] - rate * mean[name] / ((unbias * square[name]).sqrt() + 1e-8) for name in params}
+    return {"params": moved, "mean": mean, "square": square}
+
+
 def plot(path: Path, losses: np.ndarray, valid: list[tuple[int, float]], title: str) -> None:
     """Save the loss curves: training losses, a row for each rank, and pairs of step and validation loss."""
     import matplotlib as mpl

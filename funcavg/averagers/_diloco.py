@@ -190,18 +190,20 @@ def _with_values(request: Request, values: Sequence[Any], *, donate: bool) -> An
     """Return a tree whose averaged leaves have other values, in memory of their own."""
     layout = layout_of(request)
     results: list[Any] = []
+    made: dict[int, Any] = {}  # by leaf: the same object twice is one in the result, too
     for i, (leaf, family, value) in enumerate(zip(request.leaves, layout.families, values, strict=True)):
         if not family.mutable:  # then `value` is as immutable
-            results.append(value)
+            made[id(leaf)] = value
         elif donate:
             family.copy([family.carrier(leaf)], [family.carrier(value)])
-            results.append(leaf)
-        elif i in request.ties:
-            results.append(family.tie(leaf, results[request.ties[i]]))
-        else:
+            made[id(leaf)] = leaf
+        elif i not in request.ties:
             carrier = family.fresh(leaf)
             family.copy([carrier], [family.carrier(value)])
-            results.append(family.finish(leaf, carrier))
+            made[id(leaf)] = family.finish(leaf, carrier)
+        elif id(leaf) not in made:  # another view of the same memory
+            made[id(leaf)] = family.tie(leaf, results[request.ties[i]])
+        results.append(made[id(leaf)])
     return request.rebuild(results)
 
 

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
+from funcavg._axis import is_axis
 from funcavg._request import Where
 from funcavg._schedule import check_schedule, should_average
+from funcavg._stacked import Stacked
 from funcavg.averagers._base import (
     Averager,
     choose,
@@ -98,6 +100,11 @@ def hierarchical(
         <https://arxiv.org/abs/2010.12998>`_, AAAI 2022. torch's ``HierarchicalModelAverager``.
     """
     periods, start, warmup = _check(levels, warmup, anchor)
+    if (is_axis(group) or isinstance(group, Stacked)) and any(isinstance(who, int) for who in levels.values()):
+        raise TypeError(
+            f"hierarchical: numbers of ranks are blocks of a group of processes or threads, got {group!r}. Map periods "
+            f"to groups instead, such as names of mesh axes."
+        )
     groups = [block_of(group, who) if isinstance(who, int) else who for who in (levels[period] for period in periods)]
 
     def init(params: Any) -> HierarchicalState:
