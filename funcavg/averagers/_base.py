@@ -22,12 +22,12 @@ __all__ = [
     "Averager",
     "InitFn",
     "UpdateFn",
+    "checksum_of",
     "choose",
     "described",
     "fail_everywhere",
     "layout_of",
     "same_tree",
-    "signature_of",
     "synchronise",
     "without_grad",
 ]
@@ -137,17 +137,17 @@ def layout_of(request: Request) -> Layout:
     return request.layout
 
 
-def signature_of(params: Any, where: Where | None) -> Any:
-    """Return 16 bytes that stand for paths, shapes, dtypes, and what is averaged."""
-    return np.frombuffer(layout_of(described(params, where)).signature, np.uint8).copy()
+def checksum_of(params: Any, where: Where | None) -> int:
+    """Return a number of 31 bits, which every framework can hold, of paths, shapes, dtypes and what is averaged."""
+    return int.from_bytes(layout_of(described(params, where)).signature[:4], "little") >> 1
 
 
-def same_tree(signature: Any, params: Any, where: Where | None) -> bool:
-    """Say whether a tree is the one of a signature. Unknown, and taken to be so, while JAX traces the signature."""
+def same_tree(checksum: Any, params: Any, where: Where | None) -> bool:
+    """Say whether a tree is the one of a checksum. Unknown, and taken to be so, while JAX traces the checksum."""
     jax = sys.modules.get("jax")
-    if jax is not None and isinstance(signature, jax.core.Tracer):
+    if jax is not None and isinstance(checksum, jax.core.Tracer):
         return True
-    return bool(np.array_equal(np.asarray(signature), signature_of(params, where)))
+    return bool(int(checksum) == checksum_of(params, where))
 
 
 def fail_everywhere(mistake: Exception, group: Any, *, others_wait: Any) -> NoReturn:

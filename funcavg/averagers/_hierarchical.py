@@ -12,10 +12,10 @@ from funcavg._schedule import check_schedule, should_average
 from funcavg._stacked import Stacked
 from funcavg.averagers._base import (
     Averager,
+    checksum_of,
     choose,
     fail_everywhere,
     same_tree,
-    signature_of,
     synchronise,
     without_grad,
 )
@@ -29,7 +29,7 @@ class HierarchicalState(NamedTuple):
     """The state of `hierarchical`: the same on every rank, and fit for any groups."""
 
     step: Any  # updates so far; shape (), an integer
-    tree: Any  # stands for the tree's paths, shapes and dtypes; shape (16,), uint8
+    tree: Any  # a checksum of its paths, shapes, dtypes and what is averaged; shape (), an integer
 
 
 def hierarchical(
@@ -108,7 +108,7 @@ def hierarchical(
     groups = [block_of(group, who) if isinstance(who, int) else who for who in (levels[period] for period in periods)]
 
     def init(params: Any) -> HierarchicalState:
-        return HierarchicalState(0, signature_of(params, where))
+        return HierarchicalState(0, checksum_of(params, where))
 
     def update(params: Any, state: HierarchicalState, *, weight: Any = None, donate: bool = False) -> Any:
         step = state.step

@@ -8,10 +8,10 @@ from funcavg._request import Where
 from funcavg._schedule import check_schedule, should_average
 from funcavg.averagers._base import (
     Averager,
+    checksum_of,
     choose,
     fail_everywhere,
     same_tree,
-    signature_of,
     synchronise,
     without_grad,
 )
@@ -23,7 +23,7 @@ class PeriodicState(NamedTuple):
     """The state of `periodic`: the same on every rank, and fit for any number of them."""
 
     step: Any  # updates so far; shape (), an integer
-    tree: Any  # stands for the tree's paths, shapes and dtypes; shape (16,), uint8
+    tree: Any  # a checksum of its paths, shapes, dtypes and what is averaged; shape (), an integer
 
 
 def periodic(period: int, *, warmup: int = 0, group: Any = None, where: Where | None = None) -> Averager:
@@ -84,7 +84,7 @@ def periodic(period: int, *, warmup: int = 0, group: Any = None, where: Where | 
     warmup, period = check_schedule(warmup, period, "periodic")
 
     def init(params: Any) -> PeriodicState:
-        return PeriodicState(0, signature_of(params, where))
+        return PeriodicState(0, checksum_of(params, where))
 
     def update(params: Any, state: PeriodicState, *, weight: Any = None, donate: bool = False) -> Any:
         def meet(params: Any) -> Any:
