@@ -71,16 +71,7 @@ def sgd(lr: float, momentum: float = 0.0) -> Outer:
     References:
         torch's ``torch.optim.SGD(lr, momentum)`` and optax's ``optax.sgd(lr, momentum)`` do the same.
     """
-    _check(lr, momentum)
-
-    def update(pseudo_gradient: Any, state: MomentumState, anchor: Any = None) -> tuple[Any, MomentumState]:
-        del anchor  # a rule that needs only the direction
-        if state.momentum is None:
-            return _tree.combine(lambda delta: -lr * delta, pseudo_gradient), state
-        velocity = _tree.combine(lambda u, delta: momentum * u + delta, state.momentum, pseudo_gradient)
-        return _tree.combine(lambda u: -lr * u, velocity), MomentumState(velocity)
-
-    return Outer(_init_with(momentum), update)
+    return _gradient_descent(lr, momentum, lambda u, _: -lr * u)
 
 
 def nesterov(lr: float, momentum: float) -> Outer:
@@ -114,24 +105,11 @@ def nesterov(lr: float, momentum: float) -> Outer:
         <https://proceedings.mlr.press/v28/sutskever13.html>`_, ICML 2013. torch's ``torch.optim.SGD(lr, momentum,
         nesterov=True)`` and optax's ``optax.sgd(lr, momentum, nesterov=True)`` do the same.
     """
-    _check(lr, momentum)
-
-    def update(pseudo_gradient: Any, state: MomentumState, anchor: Any = None) -> tuple[Any, MomentumState]:
-        del anchor  # a rule that needs only the direction
-        if state.momentum is None:
-            return _tree.combine(lambda delta: -lr * delta, pseudo_gradient), state
-        velocity = _tree.combine(lambda u, delta: momentum * u + delta, state.momentum, pseudo_gradient)
-        updates = _tree.combine(lambda u, delta: -lr * (delta + momentum * u), velocity, pseudo_gradient)
-        return updates, MomentumState(velocity)
-
-    return Outer(_init_with(momentum), update)
+    return _gradient_descent(lr, momentum, lambda u, delta: -lr * (delta + momentum * u))
 
 
-def _init_with(momentum: float) -> Callable[[Any], MomentumState]:
-    return lambda anchor: MomentumState(_tree.combine(zeros_like, anchor) if momentum else None)
-
-
-def _check(lr: Any, momentum: Any) -> None:
+def _gradient_descent(lr: Any, momentum: Any, step: Callable[[Any, Any], Any]) -> Outer:
+    """Return an optimizer whose updates are ``step(u, delta)``, with u the momentum and delta the pseudo-gradient."""
     for name, value in (("lr", lr), ("momentum", momentum)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"outer: {name} must be a number, got {value!r} of type {type(value).__name__}")
@@ -139,6 +117,18 @@ def _check(lr: Any, momentum: Any) -> None:
         raise ValueError(f"outer: lr must be positive and finite, got {lr!r}")
     if not 0 <= momentum < 1:
         raise ValueError(f"outer: momentum must be at least 0 and less than 1, got {momentum!r}")
+
+    def init(anchor: Any) -> MomentumState:
+        return MomentumState(_tree.combine(zeros_like, anchor) if momentum else None)
+
+    def update(pseudo_gradient: Any, state: MomentumState, anchor: Any = None) -> tuple[Any, MomentumState]:
+        del anchor  # a rule that needs only the direction
+        if not momentum:
+            return _tree.combine(lambda delta: -lr * delta, pseudo_gradient), state
+        velocity = _tree.combine(lambda u, delta: momentum * u + delta, state.momentum, pseudo_gradient)
+        return _tree.combine(step, velocity, pseudo_gradient), MomentumState(velocity)
+
+    return Outer(init, update)
 
 
 class Stepper(NamedTuple):
