@@ -36,7 +36,7 @@ def average(
 ) -> T:
     r"""Return the mean of a parameter tree over the ranks of ``group``.
 
-    Every floating or complex leaf becomes :math:`\sum_i w_i x_i / \sum_i w_i` over ranks :math:`i`. Use the return
+    Every floating or complex leaf becomes ``Σ_i w_i x_i / Σ_i w_i`` over ranks ``i``. Use the return
     value: the inputs are never written to (unless donated), and no averaged leaf shares memory with them.
 
     Args:
@@ -62,7 +62,7 @@ def average(
         device and memory format; tied leaves come back tied. All ranks of a call get the same bits. Outside of a
         torch graph, ``requires_grad`` and ``nn.Parameter`` are kept; under ``torch.func`` transforms and where
         gradients are recorded, the result is differentiable, and its adjoint is again an average:
-        :math:`\bar x_i = (w_i / \sum w) \sum_j \bar y_j`, which all ranks must take.
+        ``x̄_i = (w_i / Σ w) Σ_j ȳ_j``, which all ranks must take.
 
     Raises:
         TreeMismatchError: If ranks disagree about paths, shapes, dtypes, order or options. On every rank alike.
@@ -77,14 +77,14 @@ def average(
         Whatever is raised, inputs are unchanged (unless donated).
 
     Communication:
-        One gather of 48 bytes per rank, then, with :math:`B` the bytes of all averaged leaves, :math:`N` ranks send
-        :math:`2 B (N-1) / N` each, in buckets of at most 16 MiB. Ranks of one host do so through shared memory
+        One gather of 48 bytes per rank, then, with ``B`` the bytes of all averaged leaves, ``N`` ranks send
+        ``2 B (N-1) / N`` each, in buckets of at most 16 MiB. Ranks of one host do so through shared memory
         (unless ``FUNCAVG_NODE=off``), and one of them for each shard sends on to the other hosts. The first call on a
         group gathers three times more, to find out who shares memory.
 
     Accuracy:
-        :math:`|\text{result} - \text{mean}| \le \tfrac12 \mathrm{ulp} + N u\, \mathrm{mean}|x_i|` with
-        :math:`u = 2^{-53}`; :math:`u = 2^{-24}` on NCCL, which sums float32 in float32, and where means of several
+        ``|result - mean| ≤ ½ ulp + N u mean|x_i|`` with
+        ``u = 2⁻⁵³``; ``u = 2⁻²⁴`` on NCCL, which sums float32 in float32, and where means of several
         hosts' ranks cross between them.
 
     Example:
@@ -98,7 +98,7 @@ def average(
         {'w': array([0.66666667, 0.66666667]), 'step': 7}
 
     References:
-        Stich, `Local SGD Converges Fast and Communicates Little <https://arxiv.org/abs/1805.09767>`_, ICLR 2019.
+        Stich, [Local SGD Converges Fast and Communicates Little](https://arxiv.org/abs/1805.09767), ICLR 2019.
     """
     seconds = _check_timeout(timeout, "average")
     if is_axis(group):

@@ -23,8 +23,8 @@ def should_average(step: Any, warmup: int, period: int) -> Any: ...
 def should_average(step: Any, warmup: int, period: int) -> Any:
     r"""Say whether parameters are averaged at this step.
 
-    True if and only if :math:`t \ge W` and :math:`(t - W) \bmod p = 0`, where :math:`t` = ``step``,
-    :math:`W` = ``warmup`` and :math:`p` = ``period``. With ``warmup=0`` the very first step averages.
+    True if and only if ``t ≥ W`` and ``(t - W) mod p = 0``, where ``t`` = ``step``,
+    ``W`` = ``warmup`` and ``p`` = ``period``. With ``warmup=0`` the very first step averages.
     A pure function of its arguments: it communicates nothing, and every rank that asks for the same step
     gets the same answer. Write it with keywords; torch's averager classes order the two the other way round.
 
@@ -48,8 +48,8 @@ def should_average(step: Any, warmup: int, period: int) -> Any:
         [5, 9, 13, 17]
 
     References:
-        The rule is that of torch's ``PeriodicModelAverager``. Lin et al., `Don't Use Large Mini-Batches, Use
-        Local SGD <https://arxiv.org/abs/1808.07217>`_, ICLR 2020 (post-local SGD).
+        The rule is that of torch's ``PeriodicModelAverager``. Lin et al., [Don't Use Large Mini-Batches, Use
+        Local SGD](https://arxiv.org/abs/1808.07217), ICLR 2020 (post-local SGD).
     """
     warmup, period = check_schedule(warmup, period)
     torch, jax = sys.modules.get("torch"), sys.modules.get("jax")

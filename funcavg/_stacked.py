@@ -35,7 +35,7 @@ class Stacked(Solo):
 def stacked(axis: int = 0) -> Stacked:
     r"""Return a group whose ranks are replicas stacked along an axis of every leaf, all in this process.
 
-    It is for simulations: local SGD of :math:`N` replicas on one device, trained side by side by ``torch.func.vmap`` or
+    It is for simulations: local SGD of ``N`` replicas on one device, trained side by side by ``torch.func.vmap`` or
     ``jax.vmap``, without a launcher. ``torch.func.stack_module_state`` makes such trees. `funcavg.average` then returns
     a tree of the same shapes, in which every replica is the mean of all; there is nothing to communicate.
 

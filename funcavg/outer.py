@@ -38,16 +38,16 @@ class MomentumState(NamedTuple):
 def sgd(lr: float, momentum: float = 0.0) -> Outer:
     r"""Gradient descent with heavy-ball momentum, on any framework's trees.
 
-    .. math:: u \leftarrow \mu u + \Delta, \qquad \Theta \leftarrow \Theta - \eta u
+        u ← μ u + Δ, Θ ← Θ - η u
 
     With ``lr=1`` and no momentum, an outer step is plain averaging.
 
     Args:
-        lr: The rate :math:`\eta`, positive.
-        momentum: :math:`\mu`, at least 0 and less than 1.
+        lr: The rate ``η``, positive.
+        momentum: ``μ``, at least 0 and less than 1.
 
     Returns:
-        An `Outer`, whose state is a `MomentumState`: :math:`u`, zeros to begin with.
+        An `Outer`, whose state is a `MomentumState`: ``u``, zeros to begin with.
 
     Raises:
         TypeError, ValueError: If an argument is no number, or outside its range.
@@ -77,14 +77,14 @@ def sgd(lr: float, momentum: float = 0.0) -> Outer:
 def nesterov(lr: float, momentum: float) -> Outer:
     r"""Gradient descent with Nesterov momentum, on any framework's trees.
 
-    .. math:: u \leftarrow \mu u + \Delta, \qquad \Theta \leftarrow \Theta - \eta (\Delta + \mu u)
+        u ← μ u + Δ, Θ ← Θ - η (Δ + μ u)
 
     Args:
-        lr: The rate :math:`\eta`, positive.
-        momentum: :math:`\mu`, at least 0 and less than 1.
+        lr: The rate ``η``, positive.
+        momentum: ``μ``, at least 0 and less than 1.
 
     Returns:
-        An `Outer`, whose state is a `MomentumState`: :math:`u`, zeros to begin with.
+        An `Outer`, whose state is a `MomentumState`: ``u``, zeros to begin with.
 
     Raises:
         TypeError, ValueError: If an argument is no number, or outside its range.
@@ -101,9 +101,9 @@ def nesterov(lr: float, momentum: float) -> Outer:
         array([-0.15])
 
     References:
-        Sutskever et al., `On the importance of initialization and momentum in deep learning
-        <https://proceedings.mlr.press/v28/sutskever13.html>`_, ICML 2013. torch's ``torch.optim.SGD(lr, momentum,
-        nesterov=True)`` and optax's ``optax.sgd(lr, momentum, nesterov=True)`` do the same.
+        Sutskever et al., [On the importance of initialization and momentum in deep
+        learning](https://proceedings.mlr.press/v28/sutskever13.html), ICML 2013. torch's ``torch.optim.SGD(lr,
+        momentum, nesterov=True)`` and optax's ``optax.sgd(lr, momentum, nesterov=True)`` do the same.
     """
     return _gradient_descent(lr, momentum, lambda u, delta: -lr * (delta + momentum * u))
 

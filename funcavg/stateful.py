@@ -115,7 +115,7 @@ class PeriodicModelAverager(ModelAverager, torch_averagers.PeriodicModelAverager
         [[0.0, 0.5, 0.5], [1.0, 0.5, 0.5]]
 
     References:
-        Lin et al., `Don't Use Large Mini-Batches, Use Local SGD <https://arxiv.org/abs/1808.07217>`_, ICLR 2020
+        Lin et al., [Don't Use Large Mini-Batches, Use Local SGD](https://arxiv.org/abs/1808.07217), ICLR 2020
         (post-local SGD). torch's ``torch.distributed.algorithms.model_averaging.averagers``.
     """
 
@@ -184,19 +184,19 @@ class HierarchicalModelAverager(ModelAverager, torch_hierarchical.HierarchicalMo
         Making one is collective: all ranks of the default group create the smaller groups together.
 
     Example:
-        .. code-block:: python
-
-            # Pairs of neighbours average every 4 steps, all 16 ranks every 16.
-            averager = HierarchicalModelAverager({4: 2, 16: 16}, warmup_steps=100)
-            for x, y in batches:
-                optimizer.zero_grad()
-                loss_fn(model(x), y).backward()
-                optimizer.step()
-                averager.average_parameters(model.parameters())
+        ```python
+        # Pairs of neighbours average every 4 steps, all 16 ranks every 16.
+        averager = HierarchicalModelAverager({4: 2, 16: 16}, warmup_steps=100)
+        for x, y in batches:
+            optimizer.zero_grad()
+            loss_fn(model(x), y).backward()
+            optimizer.step()
+            averager.average_parameters(model.parameters())
+        ```
 
     References:
-        Wang et al., `Demystifying Why Local Aggregation Helps: Convergence Analysis of Hierarchical SGD
-        <https://arxiv.org/abs/2010.12998>`_, AAAI 2022. torch's
+        Wang et al., [Demystifying Why Local Aggregation Helps: Convergence Analysis of Hierarchical
+        SGD](https://arxiv.org/abs/2010.12998), AAAI 2022. torch's
         ``torch.distributed.algorithms.model_averaging.hierarchical_model_averager``.
     """
 
@@ -261,7 +261,7 @@ class PostLocalSGDOptimizer(TorchPostLocalSGDOptimizer):
         [(0.0, 1), (0.0, 1)]
 
     References:
-        Lin et al., `Don't Use Large Mini-Batches, Use Local SGD <https://arxiv.org/abs/1808.07217>`_, ICLR 2020.
+        Lin et al., [Don't Use Large Mini-Batches, Use Local SGD](https://arxiv.org/abs/1808.07217), ICLR 2020.
         torch's ``torch.distributed.optim.PostLocalSGDOptimizer``.
     """
 

@@ -40,30 +40,20 @@ def diloco(
 ) -> Averager:
     r"""Let workers train on their own for ``period`` steps; then take one outer step on what they have changed.
 
-    With :math:`\Theta` the anchor, that is, the last synchronised parameters, after every :math:`H` = ``period`` steps
+    With ``Θ`` the anchor, that is, the last synchronised parameters, after every ``H`` = ``period`` steps
 
-    .. math::
-        \Delta = \frac{1}{N} \sum_i (\Theta - \theta_i), \qquad
-        \Theta \leftarrow \mathrm{outer}(\Theta, \Delta), \qquad
-        \theta_i \leftarrow \Theta
+        Δ = (1/N) Σ_i (Θ - θ_i),    Θ ← outer(Θ, Δ),    θ_i ← Θ
 
-    The pseudo-gradient :math:`\Delta` points uphill, as a gradient does. The inner optimizer's own state stays local.
-    Updates are counted from 0; those with ``should_average(step + 1, warmup + period, period)`` synchronise.
+    The pseudo-gradient ``Δ`` points uphill, as a gradient does. The inner optimizer's own state stays local. Updates
+    are counted from 0; those with ``should_average(step + 1, warmup + period, period)`` synchronise.
 
-    Other methods are spellings of this one:
+    Other methods, here with their papers' defaults, are spellings of this one:
 
-    ==================================  ========================================================================
-    method, with its paper's defaults   spelling
-    ==================================  ========================================================================
-    DiLoCo                              ``diloco(500)``
-    SlowMo, at a constant inner rate    ``diloco(48, outer=outer.sgd(1.0, momentum=0.5))``: :math:`\alpha`, then
-                                        :math:`\beta`
-    BMUF, classical                     ``diloco(50, outer=outer.sgd(1.0, momentum=0.875))``: :math:`\zeta`, then
-                                        :math:`\eta`
-    FedAvgM                             ``diloco(period, outer=outer.sgd(1.0, momentum=0.9))``, and each worker's
-                                        number of examples as ``weight``
-    local SGD, averaging at period ends ``diloco(period, outer=outer.sgd(1.0))``
-    ==================================  ========================================================================
+    - DiLoCo: ``diloco(500)``
+    - SlowMo, at a constant inner rate: ``diloco(48, outer=outer.sgd(1.0, momentum=0.5))``, with its α and β
+    - BMUF, classical: ``diloco(50, outer=outer.sgd(1.0, momentum=0.875))``, with its ζ and η
+    - FedAvgM: ``diloco(period, outer=outer.sgd(1.0, momentum=0.9))``, with each worker's number of examples as weight
+    - local SGD that averages at the ends of periods: ``diloco(period, outer=outer.sgd(1.0))``
 
     (SlowMo under a changing inner rate divides by it, BMUF with Nesterov momentum adds another term, and FedAdam
     corrects no bias, unlike ``optax.adam`` and ``torch.optim.Adam``: these three are not spellings of `diloco`.)
@@ -98,7 +88,7 @@ def diloco(
         The anchor and what ``outer`` keeps; at a synchronisation the pseudo-gradient and the next of both besides.
 
     Example:
-        One worker minimises :math:`(w - 1)^2 / 2` and the other :math:`(w - 3)^2 / 2`; together they find 2:
+        One worker minimises ``(w - 1)^2 / 2`` and the other ``(w - 3)^2 / 2``; together they find 2:
 
         >>> import numpy as np
         >>> import funcavg
@@ -117,13 +107,13 @@ def diloco(
         [[1.412, 2.062, 2.205, 2.146], [1.412, 2.062, 2.205, 2.146]]
 
     References:
-        Douillard et al., `DiLoCo: Distributed Low-Communication Training of Language Models
-        <https://arxiv.org/abs/2311.08105>`_, 2023. Wang et al., `SlowMo: Improving Communication-Efficient Distributed
-        SGD with Slow Momentum <https://arxiv.org/abs/1910.00643>`_, ICLR 2020. Chen and Huo, `Scalable Training of Deep
-        Learning Machines by Incremental Block Training with Intra-block Parallel Optimization and Blockwise
-        Model-Update Filtering <https://doi.org/10.1109/ICASSP.2016.7472805>`_, ICASSP 2016. Hsu et al., `Measuring the
-        Effects of Non-Identical Data Distribution for Federated Visual Classification
-        <https://arxiv.org/abs/1909.06335>`_, 2019.
+        Douillard et al., [DiLoCo: Distributed Low-Communication Training of Language
+        Models](https://arxiv.org/abs/2311.08105), 2023. Wang et al., [SlowMo: Improving Communication-Efficient
+        Distributed SGD with Slow Momentum](https://arxiv.org/abs/1910.00643), ICLR 2020. Chen and Huo, [Scalable
+        Training of Deep Learning Machines by Incremental Block Training with Intra-block Parallel Optimization and
+        Blockwise Model-Update Filtering](https://doi.org/10.1109/ICASSP.2016.7472805), ICASSP 2016. Hsu et al.,
+        [Measuring the Effects of Non-Identical Data Distribution for Federated Visual
+        Classification](https://arxiv.org/abs/1909.06335), 2019.
     """
     warmup, period = check_schedule(warmup, period, "diloco")
     optimizer = outer_optimizers.as_outer(outer)

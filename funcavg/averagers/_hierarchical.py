@@ -42,13 +42,13 @@ def hierarchical(
 ) -> Averager:
     r"""Average parameters at several levels: hierarchical SGD.
 
-    ``levels`` maps periods :math:`p_1, \dots, p_L`, each a multiple of the one before, to who averages so often. From
-    step :math:`t = W` = ``warmup`` on,
+    ``levels`` maps periods ``p_1, ..., p_L``, each a multiple of the one before, to who averages so often. From
+    step ``t = W`` = ``warmup`` on,
 
-    .. math:: \theta_i \leftarrow \frac{1}{|G_l|} \sum_{j \in G_l} \theta_j, \qquad l = \max \{k : p_k \mid t\}
+        θ_i ← (1/|G_l|) Σ_(j ∈ G_l) θ_j, l = max {k : p_k divides t}
 
-    over the group :math:`G_l` of rank :math:`i`; where no period divides :math:`t`, nothing happens. With
-    ``anchor="warmup"`` periods divide :math:`t - W` instead, so that the first average comes right after the warm-up,
+    over the group ``G_l`` of rank ``i``; where no period divides ``t``, nothing happens. With
+    ``anchor="warmup"`` periods divide ``t - W`` instead, so that the first average comes right after the warm-up,
     over the largest groups. During warm-up the caller averages gradients, as with `periodic`.
 
     Args:
@@ -96,8 +96,8 @@ def hierarchical(
         [3.0, 3.0, 2.5, 2.5, 1.5]
 
     References:
-        Wang et al., `Demystifying Why Local Aggregation Helps: Convergence Analysis of Hierarchical SGD
-        <https://arxiv.org/abs/2010.12998>`_, AAAI 2022. torch's ``HierarchicalModelAverager``.
+        Wang et al., [Demystifying Why Local Aggregation Helps: Convergence Analysis of Hierarchical
+        SGD](https://arxiv.org/abs/2010.12998), AAAI 2022. torch's ``HierarchicalModelAverager``.
     """
     periods, start, warmup = _check(levels, warmup, anchor)
     if (is_axis(group) or isinstance(group, Stacked)) and any(isinstance(who, int) for who in levels.values()):

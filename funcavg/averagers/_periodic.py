@@ -29,11 +29,11 @@ class PeriodicState(NamedTuple):
 def periodic(period: int, *, warmup: int = 0, group: Any = None, where: Where | None = None) -> Averager:
     r"""Average parameters every ``period`` steps: local SGD, with a warm-up post-local SGD.
 
-    At steps :math:`t = 0, 1, 2, \dots` with :math:`t \ge W` and :math:`(t - W) \bmod p = 0`,
+    At steps ``t = 0, 1, 2, ...`` with ``t ≥ W`` and ``(t - W) mod p = 0``,
 
-    .. math:: \theta_i \leftarrow \frac{1}{N} \sum_j \theta_j
+        θ_i ← (1/N) Σ_j θ_j
 
-    where :math:`p` = ``period`` and :math:`W` = ``warmup``; with no warm-up, the very first update averages. At all
+    where ``p`` = ``period`` and ``W`` = ``warmup``; with no warm-up, the very first update averages. At all
     other steps parameters come back as they went in. **During warm-up nothing is averaged here**: post-local SGD means
     that the caller averages gradients until then, as in the example. The optimizer's own state stays local.
 
@@ -77,8 +77,8 @@ def periodic(period: int, *, warmup: int = 0, group: Any = None, where: Where | 
         [[0.25, 0.375, 0.4375, 0.21875, 0.484375], [0.25, 0.375, 0.4375, 0.71875, 0.484375]]
 
     References:
-        Stich, `Local SGD Converges Fast and Communicates Little <https://arxiv.org/abs/1805.09767>`_, ICLR 2019. Lin et
-        al., `Don't Use Large Mini-Batches, Use Local SGD <https://arxiv.org/abs/1808.07217>`_, ICLR 2020. The steps are
+        Stich, [Local SGD Converges Fast and Communicates Little](https://arxiv.org/abs/1805.09767), ICLR 2019. Lin et
+        al., [Don't Use Large Mini-Batches, Use Local SGD](https://arxiv.org/abs/1808.07217), ICLR 2020. The steps are
         those of torch's ``PeriodicModelAverager``.
     """
     warmup, period = check_schedule(warmup, period, "periodic")
