@@ -2,10 +2,10 @@
 
 Replicas of a small model learn to read handwritten digits side by side: their parameters are stacked, and torch.func's
 `vmap` lets each take its own steps on its own shard. Shards differ, as a part of the digits is sorted by label. Where
-workers of a real job would meet over a network, replicas meet in `average(params, stacked())`. All periods have the same
-steps, batches and learning rate, and are trained from several starts, stacked as well, for a steadier mean.
+workers of a real job would meet over a network, replicas meet in `average(params, stacked())`. Every period has the
+same steps, batches and learning rate, and several starts, stacked as well, for a steadier mean.
 
-Nothing is sent here, so megabytes are computed: to average B bytes over N workers, each has to send 2 B (N - 1) / N.
+Nothing is sent here, so megabytes are computed: to average B bytes over N workers, each sends 2 B (N - 1) / N.
 
     python examples/simulate_replicas.py
 """
@@ -16,7 +16,6 @@ import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,16 +29,7 @@ LEARNING_RATE = 0.5
 BATCH = 16  # digits of each replica at each step
 Params = dict[str, torch.Tensor]
 Data = tuple[torch.Tensor, torch.Tensor]  # images, labels
-
-
-class Run(NamedTuple):
-    """What training with one period leaves behind."""
-
-    period: int
-    params: Params  # of the mean model, from every start
-    averagings: int
-    megabytes: float  # that each worker of a real job would send
-    seconds: float
+Run = tuple[Params, int, float]  # mean models of all starts, how often replicas have averaged, seconds
 
 
 def make_model(start: int) -> torch.nn.Module:
@@ -61,7 +51,6 @@ def train(period: int, shards: Data, args: Namespace) -> Run:
     """Train all replicas from all starts. Leaves and batches have two dimensions more: replicas, then starts."""
     starts, _ = stack_module_state([make_model(start) for start in range(args.starts)])
     params = {name: torch.stack([leaf.detach()] * args.replicas) for name, leaf in starts.items()}
-    nbytes = sum(leaf[0, 0].nbytes for leaf in params.values())  # of one replica from one start
     averagings = 0
     grads_and_losses(params, *next(draw_batches(shards, args)))  # the first call takes seconds to import what it needs
     begin = time.perf_counter()
@@ -76,8 +65,7 @@ def train(period: int, shards: Data, args: Namespace) -> Run:
             params = average(params, stacked(), donate=True)
         averagings += step <= args.warmup or fires
     seconds = time.perf_counter() - begin
-    megabytes = averagings * 2 * nbytes * (args.replicas - 1) / args.replicas / 1e6
-    return Run(period, {name: leaf[0] for name, leaf in params.items()}, averagings, megabytes, seconds)
+    return {name: leaf[0] for name, leaf in params.items()}, averagings, seconds  # by now, replicas are equal
 
 
 def draw_batches(shards: Data, args: Namespace) -> Iterator[Data]:
@@ -111,39 +99,41 @@ def make_shards(data: Data, args: Namespace) -> Data:
     return images[order], labels[order]
 
 
-def report(runs: list[Run], data: Data, test: Data, args: Namespace) -> None:
-    """Print the table, save the plot, and say what longer periods save and cost."""
-    losses = torch.stack([vmap(loss_fn, (0, None, None))(run.params, *data) for run in runs])
-    means = losses.mean(1).tolist()
+def report(runs: dict[int, Run], data: Data, test: Data, args: Namespace) -> None:
+    """Print the table, save the plot, and say what the longest period saves and costs."""
+    periods, megabytes, losses = list(runs), [], []
     print(f"\n{'period':>6}{'averagings':>13}{'MB per worker':>16}{'loss':>10}{'test accuracy':>16}{'seconds':>10}")
-    for run, mean in zip(runs, means, strict=True):
-        logits = vmap(lambda params: functional_call(MODEL, params, (test[0],)))(run.params)
+    for period, (params, averagings, seconds) in runs.items():
+        nbytes = sum(leaf[0].nbytes for leaf in params.values())  # of one start: a worker's
+        megabytes.append(averagings * 2 * nbytes * (args.replicas - 1) / args.replicas / 1e6)
+        losses.append(vmap(loss_fn, (0, None, None))(params, *data).numpy())
+        logits = vmap(lambda params: functional_call(MODEL, params, (test[0],)))(params)
         percent = 100 * (logits.argmax(-1) == test[1]).double().mean().item()
-        print(f"{run.period:6}{run.averagings:13}{run.megabytes:16.3f}{mean:10.4f}{percent:14.1f} %{run.seconds:10.1f}")
-    plot(runs, losses, args)
+        numbers = f"{period:6}{averagings:13}{megabytes[-1]:16.3f}{losses[-1].mean():10.4f}"
+        print(f"{numbers}{percent:14.1f} %{seconds:10.1f}")
     print("\nMB per worker: computed, for a network. Loss: the mean model's on all training data, mean over starts.")
+    plot(periods, megabytes, np.array(losses), args)
     print(f"Loss against MB per worker saved to {args.plot.resolve()}")
-    fewer, larger = runs[0].megabytes / runs[-1].megabytes, means[-1] / means[0]
-    close = [run.period for run, mean in zip(runs, means, strict=True) if mean <= 1.1 * means[0]]
-    print(f"Period {runs[-1].period} sends {fewer:.0f} times fewer bytes than period {runs[0].period}, ", end="")
-    print(f"and has {larger:.1f} times its loss. The longest that adds at most a tenth to the loss is {max(close)}.")
+    fewer, times = megabytes[0] / megabytes[-1], losses[-1].mean() / losses[0].mean()
+    print(f"Period {periods[-1]} sends {fewer:.0f} times fewer bytes than period {periods[0]}, at {times:.1f} times its loss.")
 
 
-def plot(runs: list[Run], losses: torch.Tensor, args: Namespace) -> None:
-    """Save the final losses against megabytes."""
+def plot(periods: list[int], megabytes: list[float], losses: np.ndarray, args: Namespace) -> None:
+    """Save the final losses, a row of starts for each period, against megabytes."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    megabytes, means = [run.megabytes for run in runs], losses.mean(1)
-    axes.plot(megabytes, losses, ".", color="tab:orange", label=["single starts", *["_"] * (args.starts - 1)])
-    axes.plot(megabytes, means, "o-", color="tab:blue", label="mean, labelled with its period")
-    for run, mean in zip(runs, means, strict=True):
-        axes.annotate(f"{run.period}", (run.megabytes, mean), (6, 6), textcoords="offset points")
-    axes.set(xscale="log", yscale="log", xlabel="MB that each worker would send over a network")
-    axes.set(ylabel="final training loss of the mean model", title=f"local SGD of {args.replicas} replicas")
+    axes.loglog(megabytes, losses, ".", color="tab:orange", label=["single starts", *["_"] * (args.starts - 1)])
+    axes.loglog(megabytes, losses.mean(1), "o-", color="tab:blue", label="their mean, labelled with the period")
+    for period, *place in zip(periods, megabytes, losses.mean(1), strict=True):
+        axes.annotate(f"{period}", place, (6, 6), textcoords="offset points")
+    for formatter in (axes.xaxis.set_major_formatter, axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatter("{x:g}")
+    axes.set(xlabel="MB that each worker would send over a network", ylabel="final training loss of the mean model")
+    axes.set_title(f"{args.replicas} replicas, {args.steps} steps, averaged once every period")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(args.plot, dpi=150)
@@ -153,9 +143,7 @@ def parse_arguments() -> Namespace:
     """Read and check the command line."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--replicas", type=int, default=8)
-    parser.add_argument(
-        "--periods", type=int, nargs="+", default=[2**i for i in range(9)], help="(default: 1, 2 ... 256)"
-    )
+    parser.add_argument("--periods", type=int, nargs="+", default=[2**i for i in range(9)], help="default: 1 2 ... 256")
     parser.add_argument("--steps", type=int, default=1024, help="of each replica, for each period (default: 1024)")
     # By default there is no warm-up: it sends as much with every period, which blurs what is compared.
     parser.add_argument("--warmup", type=int, default=0, help="steps at first that average gradients (default: 0)")
@@ -174,10 +162,8 @@ def parse_arguments() -> Namespace:
         parser.error(f"--replicas must be from 2 to 1000, got {args.replicas}")
     if not 0 <= args.sorted <= 1:
         parser.error(f"--sorted must be from 0 to 1, got {args.sorted}")
-    if args.plot.suffix not in (".png", ".pdf", ".svg"):
-        parser.error(f"--plot must end with .png, .pdf or .svg, got {args.plot}")
-    if not args.plot.parent.is_dir():
-        parser.error(f"--plot: there is no folder {args.plot.parent}")
+    if args.plot.suffix not in (".png", ".pdf", ".svg") or not args.plot.parent.is_dir():
+        parser.error(f"--plot must be a .png, .pdf or .svg in a folder that exists, got {args.plot}")
     return args
 
 
@@ -186,7 +172,7 @@ def main() -> None:
     args = parse_arguments()
     data, test = load_data()
     shards = make_shards(data, args)
-    report([train(period, shards, args) for period in args.periods], data, test, args)
+    report({period: train(period, shards, args) for period in args.periods}, data, test, args)
 
 
 if __name__ == "__main__":

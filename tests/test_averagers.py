@@ -238,6 +238,17 @@ def test_torch_optimizers_as_outer():
         near(ours, local_training_and(torch_outer(factory), 20, 4, 2))
 
 
+def test_a_state_can_be_gone_on_from_twice():
+    """Optimizers of torch write to their state: to a copy of ours."""
+    for rule in (sgd_of_torch, adam_of_torch, outer.nesterov(0.7, 0.9)):
+        averager = diloco(1, outer=rule, group=Solo())
+        params = {"w": torch.zeros(3)}
+        _, state = averager.update({"w": torch.ones(3)}, averager.init(params))
+        one, other = (averager.update({"w": torch.full((3,), 2.0)}, state) for _ in range(2))
+        assert torch.equal(one[0]["w"], other[0]["w"])
+        assert not torch.equal(one[0]["w"], state.anchor["w"])
+
+
 def test_optax_transforms_as_outer():
     for transform in (optax.sgd(0.7, 0.9, nesterov=True), optax.adam(0.1), optax.sgd(optax.linear_schedule(1, 0.1, 5))):
         ours = paths(lambda g, t=transform: diloco(4, outer=t, group=g), "jax")
@@ -402,7 +413,8 @@ def test_inputs_are_not_written_to_and_nothing_shares_memory(make, framework, do
             np.testing.assert_array_equal(state.anchor["w"], anchor)
             assert (state.anchor["kept"], state.anchor["name"]) == (None, None)
             if framework != "jax":
-                assert not np.may_share_memory(np.asarray(result["w"]), np.asarray(after.anchor["w"]))
+                for name in ("w", "tied"):
+                    assert not np.may_share_memory(np.asarray(result["w"]), np.asarray(after.anchor[name]))
         assert (state.step, after.step) == (0, 1)
         assert np.asarray(result["w"]).tolist() == [0.5] * 3
 
