@@ -114,8 +114,8 @@ def report(runs: dict[int, Run], data: Data, test: Data, args: Namespace) -> Non
     print("\nMB per worker: computed, for a network. Loss: the mean model's on all training data, mean over starts.")
     plot(periods, megabytes, np.array(losses), args)
     print(f"Loss against MB per worker saved to {args.plot.resolve()}")
-    fewer, times = megabytes[0] / megabytes[-1], losses[-1].mean() / losses[0].mean()
-    print(f"Period {periods[-1]} sends {fewer:.0f} times fewer bytes than period {periods[0]}, at {times:.1f} times its loss.")
+    fewer, times = f"{megabytes[0] / megabytes[-1]:.0f}", f"{losses[-1].mean() / losses[0].mean():.1f}"
+    print(f"Period {periods[-1]} sends {fewer} times fewer bytes than period {periods[0]}, at {times} times its loss.")
 
 
 def plot(periods: list[int], megabytes: list[float], losses: np.ndarray, args: Namespace) -> None:
