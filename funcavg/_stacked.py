@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from funcavg import _tree
-from funcavg._arrays import Family, Leaf
 from funcavg._axis import average_over_axis
 from funcavg._buckets import device_memory, host_memory
 from funcavg._engine import move, reach_agreement
@@ -165,32 +164,29 @@ class _Kernel(Solo):
         for i, (axis, family, leaf) in enumerate(zip(self._axes, layout.families, layout.leaves, strict=True)):
             if i in ties or not math.prod(leaf.shape):
                 continue
-            places = [(slice(None),) * axis + (replica,) for replica in range(leaf.shape[axis])]
+            places = [(*(slice(None),) * axis, replica, ...) for replica in range(leaf.shape[axis])]
             shape = (*leaf.shape[:axis], *leaf.shape[axis + 1 :])
-            mean = _mean_of_rows([carriers[i][place] for place in places], family, leaf, shape, self._weights)
-            family.copy([results[i][place] for place in places], [mean] * len(places))
-
-
-def _mean_of_rows(
-    rows: Sequence[Any], family: Family, leaf: Leaf, shape: tuple[int, ...], weights: Sequence[float] | None
-) -> Any:
-    allocate = device_memory(leaf.device) if leaf.device else host_memory
-    nbytes = math.prod(shape) * leaf.native.itemsize
-
-    def flat(row: Any) -> Any:
-        memory = family.as_bytes(row)
-        if memory is None:  # strided, or on an accelerator
-            memory = allocate(nbytes)
-            family.copy([family.window(memory, leaf.native, shape)], [row])
-        return memory
-
-    mean = allocate(nbytes)
-    if leaf.device:
-        shards = [flat(row).view(leaf.native) for row in rows]
-        tensor_mean_into(mean.view(leaf.native), shards, weights)
-    else:
-        mean_into(mean, [flat(row) for row in rows], weights, str(leaf.element))
-    return family.window(mean, leaf.native, shape)
+            allocate = device_memory(leaf.device) if leaf.device else host_memory
+            rows = family.as_bytes(carriers[i]) if axis == 0 else None
+            if rows is None:  # not row by row in the leaf's own memory
+                rows = allocate(math.prod(leaf.shape) * leaf.native.itemsize)
+                windows = family.window(rows, leaf.native, (len(places), *shape))
+                family.copy(
+                    [windows[replica, ...] for replica in range(len(places))], [carriers[i][place] for place in places]
+                )
+            rows = rows.reshape(len(places), -1)
+            mean = allocate(rows.shape[1])
+            if leaf.device:
+                tensor_mean_into(mean.view(leaf.native), list(rows.view(leaf.native)), self._weights)
+            else:
+                mean_into(mean, list(rows), self._weights, str(leaf.element))
+            whole = family.as_bytes(results[i]) if axis == 0 else None
+            if whole is None:
+                window = family.window(mean, leaf.native, shape)
+                family.copy([results[i][place] for place in places], [window] * len(places))
+            else:
+                whole.reshape(rows.shape)[...] = mean
+                family.written(results[i])
 
 
 def _torch_mean(leaf: Any, axis: int, weights: Sequence[float] | None) -> Any:

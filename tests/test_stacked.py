@@ -64,6 +64,22 @@ def test_donated_leaves_are_written_to():
         assert leaf.tolist() == [[1.0, 3.0]] * 2
 
 
+@pytest.mark.parametrize("own", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
+def test_leaves_that_lie_apart_in_memory(own):
+    """Strided, read-only, and of one number a replica: through memory of their own, and donated as well."""
+    memory = np.arange(12, dtype=np.float32)
+    for leaf in (own(memory[::3]), own(memory[:8].reshape(4, 2)[:, 1]), own(memory).reshape(4, 3)[:, ::2]):
+        before = np.asarray(leaf).copy()
+        wanted = np.broadcast_to(before.mean(0, keepdims=True), before.shape)
+        np.testing.assert_array_equal(average(leaf, stacked()), wanted)
+        np.testing.assert_array_equal(leaf, before)
+        assert average(leaf, stacked(), donate=True) is leaf
+        np.testing.assert_array_equal(leaf, wanted)
+    frozen = np.arange(4.0)
+    frozen.flags.writeable = False
+    assert average(frozen, stacked()).tolist() == [1.5] * 4
+
+
 def test_what_passes_through():
     tree = {"f": 2.5, "i": np.arange(3), "key": jax.random.key(0), "none": None, "s": "text", "w": np.eye(2)}
     result = average(tree, stacked(), where=lambda path: path != ("s",))
