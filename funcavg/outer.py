@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from funcavg import _tree
-from funcavg._arrays import zeros_like
+from funcavg._arrays import is_jax, zeros_like
 
 __all__ = ["MomentumState", "Outer", "as_outer", "nesterov", "sgd"]
 
@@ -142,11 +142,20 @@ def as_outer(outer: Any) -> Stepper:
     """Return how to step with whatever `funcavg.diloco` takes as ``outer``."""
     if hasattr(outer, "init") and hasattr(outer, "update"):
 
+        def init(anchor: Any) -> Any:
+            strangers = {type(leaf).__name__ for leaf in _tree.flatten(anchor)[0] if not is_jax(leaf)}
+            if strangers and not isinstance(outer, Outer):
+                raise TypeError(
+                    f"diloco: an optax transform as outer is for trees of JAX arrays, got {sorted(strangers)}. (A pair "
+                    f"of your own for other leaves is a funcavg.outer.Outer.)"
+                )
+            return outer.init(anchor)
+
         def step(pseudo_gradient: Any, state: Any, anchor: Any) -> tuple[Any, Any]:
             updates, state = outer.update(pseudo_gradient, state, anchor)
             return _tree.combine(lambda leaf, change: _of_its_dtype(leaf + change, leaf), anchor, updates), state
 
-        return Stepper(outer.init, step)
+        return Stepper(init, step)
     if callable(outer):
         return _torch_optimizer(outer)
     raise TypeError(
@@ -175,17 +184,42 @@ def _torch_optimizer(factory: Callable[[Any], Any]) -> Stepper:
         optimizer = factory(params)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"diloco: outer must return a torch.optim.Optimizer, got {optimizer!r}")
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": copy.deepcopy(state)})
+        kept = [id(param) for group in optimizer.param_groups for param in group["params"]]
+        if sorted(kept) != sorted(map(id, params)):
+            raise ValueError(
+                f"diloco: outer must optimize the {len(params)} parameters that it is given, and no others; its "
+                f"optimizer has {len(kept)}, {len(set(kept) & set(map(id, params)))} of these among them"
+            )
+        if state is not None:
+            own = optimizer.state_dict()["param_groups"]
+            groups = [
+                group | {name: _as(group.get(name), value) for name, value in kept.items()}
+                for group, kept in zip(own, copy.deepcopy(state["param_groups"]), strict=True)
+            ]
+            optimizer.load_state_dict({"state": copy.deepcopy(state["state"]), "param_groups": groups})
         return params, optimizer, spec
 
+    def state_of(optimizer: Any) -> Any:
+        """Return a plain tree: without the groups' lists of parameters, which are all of them in their order."""
+        whole = optimizer.state_dict()
+        groups = [{name: value for name, value in group.items() if name != "params"} for group in whole["param_groups"]]
+        return {"state": whole["state"], "param_groups": groups}
+
     def init(anchor: Any) -> Any:
-        return made(anchor, {})[1].state_dict()["state"]
+        return state_of(made(anchor, None)[1])
 
     def step(pseudo_gradient: Any, state: Any, anchor: Any) -> tuple[Any, Any]:
         params, optimizer, spec = made(anchor, state)
         for param, delta in zip(params, _tree.flatten(pseudo_gradient)[0], strict=True):
             param.grad = delta
         optimizer.step()
-        return _tree.unflatten(spec, [param.detach() for param in params]), optimizer.state_dict()["state"]
+        return _tree.unflatten(spec, [param.detach() for param in params]), state_of(optimizer)
 
     return Stepper(init, step)
+
+
+def _as(own: Any, value: Any) -> Any:
+    """Return a setting of an optimizer as the number that it was before it went through a file of arrays."""
+    if isinstance(own, (tuple, list)):
+        return type(own)(_as(a, b) for a, b in zip(own, value, strict=True))
+    return type(own)(value) if isinstance(own, (bool, int, float)) else value

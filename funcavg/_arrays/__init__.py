@@ -16,7 +16,7 @@ import numpy as np
 from funcavg._arrays.base import Family, Leaf, type_name
 from funcavg._arrays.numpy import Integers, NumpyArrays, Scalars, StandIn, StandIns, is_averaged
 
-__all__ = ["Family", "Leaf", "StandIn", "family_of", "is_dtensor", "zeros_like"]
+__all__ = ["Family", "Leaf", "StandIn", "family_of", "is_dtensor", "is_jax", "zeros_like"]
 
 
 class _Unsupported(Family):
@@ -48,12 +48,18 @@ def family_of(leaf: Any) -> Family:
     return family
 
 
+def is_jax(leaf: Any) -> bool:
+    """Say whether ``leaf`` is an array of JAX's, or stands for one."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(leaf, jax.Array)
+
+
 def zeros_like(leaf: Any) -> Any:
     """Return zeros of a leaf's kind, dtype and shape."""
     kind = type(leaf).__module__.partition(".")[0]
     if kind == "torch":
         return sys.modules["torch"].zeros_like(leaf, requires_grad=False)
-    if kind in ("jax", "jaxlib"):
+    if is_jax(leaf):
         return sys.modules["jax"].numpy.zeros_like(leaf)
     return np.zeros_like(leaf) if isinstance(leaf, np.ndarray) else type(leaf)(0)
 

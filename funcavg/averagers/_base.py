@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from funcavg import _tree
+from funcavg._agree import digest
 from funcavg._average import average, report_mistake
 from funcavg._axis import is_axis
 from funcavg._request import Layout, Request, Where, make_request
@@ -22,13 +24,16 @@ __all__ = [
     "Averager",
     "InitFn",
     "UpdateFn",
+    "averaged_lines",
+    "check_tree",
     "checksum_of",
     "choose",
     "described",
-    "fail_everywhere",
+    "failing_everywhere",
     "layout_of",
-    "same_tree",
+    "step_of",
     "synchronise",
+    "takes_part",
     "without_grad",
 ]
 
@@ -90,9 +95,9 @@ class Averager(NamedTuple):
 
 def choose(index: Any, branches: Sequence[Callable[[Any], Any]], tree: Any) -> Any:
     """Return ``branches[index](tree)``, a tree of the same structure. JAX may be tracing the index."""
-    jax = sys.modules.get("jax")
-    if jax is None or not isinstance(index, jax.core.Tracer):
+    if not _is_tracer(index):
         return branches[int(index)](tree)
+    jax = sys.modules["jax"]
     everything, spec = _tree.flatten(tree)
     kinds = (jax.Array, np.ndarray, np.generic, int, float, complex)
     moving = [i for i, leaf in enumerate(everything) if isinstance(leaf, kinds)]
@@ -117,15 +122,21 @@ def choose(index: Any, branches: Sequence[Callable[[Any], Any]], tree: Any) -> A
     )
 
 
+def step_of(state: Any) -> Any:
+    """Return the step that a state has counted to: JAX's as it is, others as Python integers, which do not overflow."""
+    jax = sys.modules.get("jax")
+    return state.step if jax is not None and isinstance(state.step, jax.Array) else int(state.step)
+
+
 def without_grad() -> contextlib.AbstractContextManager[Any]:
     """Leave torch's autograd out of what follows, if torch has been imported."""
     torch = sys.modules.get("torch")
     return contextlib.nullcontext() if torch is None else torch.no_grad()
 
 
-def described(tree: Any, where: Where | None = None) -> Request:
-    """Return a tree, taken apart, or raise what is wrong with it."""
-    request = make_request(*_tree.flatten(tree), where=where)
+def described(tree: Any, where: Where | None = None, *, donate: bool = False, ties: bool = False) -> Request:
+    """Return a tree, taken apart, or raise what is wrong with it. Only asked for, ties and donation are looked at."""
+    request = make_request(*_tree.flatten(tree), where=where, donate=donate, wrapped=not (ties or donate))
     if request.claim.error is not None:
         raise request.claim.error
     return request
@@ -138,26 +149,54 @@ def layout_of(request: Request) -> Layout:
 
 
 def checksum_of(params: Any, where: Where | None) -> int:
-    """Return a number of 31 bits, which every framework can hold, of paths, shapes, dtypes and what is averaged."""
-    return int.from_bytes(layout_of(described(params, where)).signature[:4], "little") >> 1
+    """Return a number of 31 bits, which every framework can hold, of the averaged leaves' paths, shapes and dtypes."""
+    return _checksum(layout_of(described(params, where)))
 
 
-def same_tree(checksum: Any, params: Any, where: Where | None) -> bool:
-    """Say whether a tree is the one of a checksum. Unknown, and taken to be so, while JAX traces the checksum."""
+@functools.lru_cache(maxsize=32)
+def _checksum(layout: Layout) -> int:
+    return int.from_bytes(digest(averaged_lines(layout))[:4], "little") >> 1
+
+
+def averaged_lines(layout: Layout) -> list[str]:
+    """Return "path: dtype[shape]" of every averaged leaf."""
+    return [layout.lines[i] for i in layout.averaged]
+
+
+def check_tree(checksum: Any, params: Any, where: Where | None, method: str) -> None:
+    """Raise ValueError if a tree is not the one of a checksum. While JAX traces the checksum, nobody can tell."""
+    found = checksum_of(params, where)
+    if not _is_tracer(checksum) and int(checksum) != found:
+        raise ValueError(
+            f"{method}: update was given another tree than init: paths, shapes or dtypes of averaged leaves differ. "
+            f"Keep the tree as it is, or begin anew with init."
+        )
+
+
+@contextlib.contextmanager
+def failing_everywhere(group: Any, *, others_wait: Any) -> Iterator[None]:
+    """Let a mistake that this rank makes inside be raised here, and on the other ranks if they are about to average."""
+    try:
+        yield
+    except Exception as mistake:
+        if not _is_tracer(others_wait) and others_wait and takes_part(group) and not _is_local(group):
+            with contextlib.suppress(Exception):  # the same mistake, in other words
+                report_mistake(mistake, group)
+        raise
+
+
+def takes_part(group: Any) -> bool:
+    """Say whether this rank is in the group."""
+    return _is_local(group) or as_collective(group) is not None
+
+
+def _is_local(group: Any) -> bool:
+    return is_axis(group) or isinstance(group, Stacked)
+
+
+def _is_tracer(value: Any) -> bool:
     jax = sys.modules.get("jax")
-    if jax is not None and isinstance(checksum, jax.core.Tracer):
-        return True
-    return bool(int(checksum) == checksum_of(params, where))
-
-
-def fail_everywhere(mistake: Exception, group: Any, *, others_wait: Any) -> NoReturn:
-    """Raise a mistake of this rank; if the others are about to average, on them as well."""
-    jax = sys.modules.get("jax")
-    traced = jax is not None and isinstance(others_wait, jax.core.Tracer)
-    if not traced and others_wait and not is_axis(group) and not isinstance(group, Stacked):
-        with contextlib.suppress(Exception):  # the same mistake, in other words
-            report_mistake(mistake, group)
-    raise mistake
+    return jax is not None and isinstance(value, jax.core.Tracer)
 
 
 def synchronise(
@@ -174,10 +213,9 @@ def synchronise(
 
     Nothing is logged while JAX traces, when nothing is averaged yet.
     """
-    jax = sys.modules.get("jax")
     everything, _ = _tree.flatten(tree)
-    traced = jax is not None and any(isinstance(leaf, jax.core.Tracer) for leaf in (*everything, step, weight))
-    if traced or is_axis(group) or not _LOG.isEnabledFor(logging.INFO):
+    traced = any(map(_is_tracer, (*everything, step, weight)))
+    if traced or is_axis(group) or not takes_part(group) or not _LOG.isEnabledFor(logging.INFO):
         return average(tree, group, weight=weight, where=where, donate=donate)
     collective = group if isinstance(group, Stacked) else as_collective(group)
     sent, start = getattr(collective, "bytes_sent", 0), time.perf_counter()

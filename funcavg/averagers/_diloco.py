@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from funcavg import _tree
 from funcavg import outer as outer_optimizers
-from funcavg._request import Request, Where
+from funcavg._agree import Agreement
+from funcavg._engine import move
+from funcavg._jax_primitive import is_traced
+from funcavg._request import Layout, Request, Where
 from funcavg._schedule import check_schedule, should_average
+from funcavg._session import session_of
 from funcavg.averagers._base import (
     Averager,
+    averaged_lines,
     choose,
     described,
-    fail_everywhere,
+    failing_everywhere,
     layout_of,
+    step_of,
     synchronise,
+    takes_part,
     without_grad,
 )
+from funcavg.collectives.solo import Solo
 
 __all__ = ["DiLoCoState", "diloco"]
 
@@ -27,7 +37,7 @@ class DiLoCoState(NamedTuple):
 
     step: Any  # updates so far; shape (), an integer
     anchor: Any  # the last synchronised parameters: the tree of params, None for leaves that are not averaged
-    outer: Any  # of the outer optimizer
+    outer: Any  # of the outer optimizer: for those of `funcavg.outer`, a tree like the anchor
 
 
 def diloco(
@@ -47,35 +57,42 @@ def diloco(
     The pseudo-gradient ``Δ`` points uphill, as a gradient does. The inner optimizer's own state stays local. Updates
     are counted from 0; those with ``should_average(step + 1, warmup + period, period)`` synchronise.
 
-    Other methods, here with their papers' defaults, are spellings of this one:
+    Other methods, here with common settings, are spellings of this one:
 
     - DiLoCo: ``diloco(500)``
     - SlowMo, at a constant inner rate: ``diloco(48, outer=outer.sgd(1.0, momentum=0.5))``, with its α and β
     - BMUF, classical: ``diloco(50, outer=outer.sgd(1.0, momentum=0.875))``, with its ζ and η
+    - BMUF with Nesterov momentum, as fairseq has it: ``diloco(50, outer=outer.sgd(1.875, momentum=0.875))``: ζ (1 + η),
+      then η
     - FedAvgM: ``diloco(period, outer=outer.sgd(1.0, momentum=0.9))``, with each worker's number of examples as weight
     - local SGD that averages at the ends of periods: ``diloco(period, outer=outer.sgd(1.0))``
 
-    (SlowMo under a changing inner rate divides by it, BMUF with Nesterov momentum adds another term, and FedAdam
-    corrects no bias, unlike ``optax.adam`` and ``torch.optim.Adam``: these three are not spellings of `diloco`.)
+    (SlowMo under a changing inner rate divides by it, and FedAdam corrects no bias, unlike ``optax.adam`` and
+    ``torch.optim.Adam``: these two are not spellings of `diloco`.)
+
+    Every averaged leaf is stepped, as the paper steps parameters. That is wrong for buffers: an outer momentum can make
+    a running variance negative, and infinities have no difference. Leave buffers out with ``where``, and average them
+    with `periodic`, or not at all.
 
     Args:
         period: Steps, at least 1, between two synchronisations.
         outer: `funcavg.outer.nesterov` or `funcavg.outer.sgd`; an optax ``GradientTransformation``, for JAX trees; or a
             function from parameters to a ``torch.optim.Optimizer``, for torch trees, such as
-            ``lambda params: torch.optim.SGD(params, lr=0.7, momentum=0.9, nesterov=True)``.
+            ``lambda params: torch.optim.SGD(params, lr=0.7, momentum=0.9, nesterov=True)``; or a pair of your own, made
+            with `funcavg.outer.Outer`. Its state begins anew with every anchor that is taken.
         warmup: Steps, at least 0, during which the caller averages gradients. The last of them takes the anchor anew:
             periods begin there.
         group: Who takes part, as for `funcavg.average`.
         where: Which leaves are averaged, as for `funcavg.average`.
 
     Returns:
-        An `Averager`. Its state is a `DiLoCoState`. Parameters never share memory with the anchor; with ``donate=True``
-        they come back in their own memory.
+        An `Averager`. Its state is a `DiLoCoState`; on a rank outside of the group it holds the step only. Parameters
+        never share memory with the anchor; with ``donate=True`` they come back in their own memory.
 
     Raises:
         TypeError, ValueError: If an argument is no good. On this rank.
-        ValueError: From ``update``, if the tree is not that of ``init``: it names the leaves; on every rank, at steps
-            that synchronise; at others, on this rank.
+        ValueError: From ``update``, if the averaged leaves are not those of ``init`` (it names them), or one cannot be
+            donated. On every rank, at steps that communicate; at others, on this rank.
 
         ``init``, and ``update`` at steps that synchronise, raise what `funcavg.average` raises.
 
@@ -85,7 +102,8 @@ def diloco(
         steps, else none.
 
     Memory:
-        The anchor and what ``outer`` keeps; at a synchronisation the pseudo-gradient and the next of both besides.
+        The anchor and what ``outer`` keeps, in the parameters' dtypes; at a synchronisation the pseudo-gradient, the
+        updates and the next of both besides. (Anchors of 16 bits lose updates smaller than their last digit.)
 
     Example:
         One worker minimises ``(w - 1)^2 / 2`` and the other ``(w - 3)^2 / 2``; together they find 2:
@@ -120,6 +138,8 @@ def diloco(
 
     def init(params: Any) -> DiLoCoState:
         with without_grad():
+            if not takes_part(group):
+                return DiLoCoState(0, None, None)
             anchor = anchor_at(0, params)
             return DiLoCoState(0, anchor, optimizer.init(anchor))
 
@@ -128,81 +148,105 @@ def diloco(
         return _averaged_part(described(mean, where))
 
     def update(params: Any, state: DiLoCoState, *, weight: Any = None, donate: bool = False) -> Any:
-        step = state.step
+        step = step_of(state)
+        if not takes_part(group):
+            return params, state._replace(step=step + 1)
 
         def meet(everything: Any) -> Any:
             params, anchor, memory = everything
-            request = described(params, where)
-            delta = _tree.combine(lambda old, new: old - _detached(new), anchor, _averaged_part(request))
-            delta = synchronise(delta, group, method="diloco", step=step, weight=weight, donate=True)
-            anchor, memory = optimizer.step(delta, memory, anchor)
-            return _with_values(request, _tree.flatten(anchor)[0], donate=donate), anchor, memory
+            with failing_everywhere(group, others_wait=True):
+                request = described(params, where, donate=donate, ties=not _is_traced(params))
+                change = _tree.combine(lambda old, new: old - new, anchor, _averaged_part(request))
+                delta = _tie(change, request.ties)
+            mean = synchronise(
+                delta, group, method="diloco", step=step, weight=weight, donate=donate or not request.ties
+            )
+            anchor, memory = optimizer.step(mean, memory, anchor)
+            return _with_values(request, anchor, _agreed(request.ties, mean)), anchor, memory
 
         def take_anchor(everything: Any) -> Any:
-            params, _, memory = everything
-            return params, anchor_at(step, params, weight), memory
+            params, _, _ = everything
+            anchor = anchor_at(step, params, weight)
+            return params, anchor, optimizer.init(anchor)
 
         with without_grad():
-            synchronises = should_average(step + 1, warmup=warmup + period, period=period)
-            different = _differences(state.anchor, params, where)
-            if different:
-                fail_everywhere(
-                    ValueError(f"diloco: update was given another tree than init: {different}"),
-                    group,
-                    others_wait=synchronises,
-                )
+            meets = should_average(step + 1, warmup=warmup + period, period=period)
+            anchors = step == warmup - 1
+            with failing_everywhere(group, others_wait=meets | anchors):
+                _check_tree(state.anchor, params, where)
             branches = [lambda everything: everything, meet]
             if warmup:
-                branches[0] = lambda everything: choose(
-                    step == warmup - 1, [lambda everything: everything, take_anchor], everything
-                )
-            params, anchor, memory = choose(synchronises, branches, (params, state.anchor, state.outer))
+                idle = branches[0]
+                branches[0] = lambda everything: choose(anchors, [idle, take_anchor], everything)
+            params, anchor, memory = choose(meets, branches, (params, state.anchor, state.outer))
             return params, DiLoCoState(step + 1, anchor, memory)
 
     return Averager(init, update)
 
 
 def _averaged_part(request: Request) -> Any:
-    """Return a tree with None in the place of what is not averaged."""
-    layout = layout_of(request)
+    """Return a tree with None in the place of what is not averaged, and tensors in that of parameters."""
     part: list[Any] = [None] * len(request.everything)
-    for i in layout.averaged:
-        part[i] = _detached(request.everything[i])
+    for i in layout_of(request).averaged:
+        leaf = request.everything[i]
+        part[i] = leaf.detach() if hasattr(leaf, "detach") else leaf
     return _tree.unflatten(request.spec, part)
 
 
-def _detached(leaf: Any) -> Any:
-    """Return a tensor for a parameter."""
-    return leaf.detach() if hasattr(leaf, "detach") else leaf
+def _check_tree(anchor: Any, params: Any, where: Where | None) -> None:
+    """Raise ValueError, and name the first leaves, if an anchor is not of the averaged leaves of a tree."""
+    different = _differences(layout_of(described(anchor)), layout_of(described(params, where)))
+    if different:
+        raise ValueError(
+            f"diloco: update was given another tree than init: {different}. Keep the tree as it is, or begin anew with "
+            f"init."
+        )
 
 
-def _with_values(request: Request, values: Sequence[Any], *, donate: bool) -> Any:
-    """Return a tree whose averaged leaves have other values, in memory of their own."""
-    layout = layout_of(request)
-    results: list[Any] = []
-    made: dict[int, Any] = {}  # by leaf: the same object twice is one in the result, too
-    for i, (leaf, family, value) in enumerate(zip(request.leaves, layout.families, values, strict=True)):
-        if not family.mutable:  # then `value` is as immutable
-            made[id(leaf)] = value
-        elif donate:
-            family.copy([family.carrier(leaf)], [family.carrier(value)])
-            made[id(leaf)] = leaf
-        elif i not in request.ties:
-            carrier = family.fresh(leaf)
-            family.copy([carrier], [family.carrier(value)])
-            made[id(leaf)] = family.finish(leaf, carrier)
-        elif id(leaf) not in made:  # another view of the same memory
-            made[id(leaf)] = family.tie(leaf, results[request.ties[i]])
-        results.append(made[id(leaf)])
-    return request.rebuild(results)
-
-
-def _differences(anchor: Any, params: Any, where: Where | None) -> str:
-    """Name the first leaves that an anchor has and the averaged part of a tree has not, or the other way round."""
-    ours, theirs = layout_of(described(anchor)), layout_of(described(params, where))
-    left, right = ([layout.lines[i] for i in layout.averaged] for layout in (ours, theirs))
+@functools.lru_cache(maxsize=32)
+def _differences(ours: Layout, theirs: Layout) -> str:
+    left, right = averaged_lines(ours), averaged_lines(theirs)
     pairs = [(a, b) for a, b in zip(left, right, strict=False) if a != b][:3]
     if not pairs and len(left) != len(right):
-        return f"{len(left)} leaves then, {len(right)} now. Keep the tree as it is, or begin anew with init."
-    text = "; ".join(f"{a} then, {b} now" for a, b in pairs)
-    return text and f"{text}. Keep the tree as it is, or begin anew with init."
+        return f"{len(left)} averaged leaves then, {len(right)} now"
+    return "; ".join(f"{a} then, {b} now" for a, b in pairs)
+
+
+# Tied leaves (the same memory twice) come back tied, if all ranks have tied them: then, and only then, `average`
+# returns the tied leaves of a pseudo-gradient as one.
+
+
+def _tie(delta: Any, ties: Mapping[int, int]) -> Any:
+    leaves, spec = _tree.flatten(delta)
+    return _tree.unflatten(spec, [leaves[ties.get(i, i)] for i in range(len(leaves))])
+
+
+def _agreed(ties: Mapping[int, int], mean: Any) -> dict[int, int]:
+    leaves, _ = _tree.flatten(mean)
+    return {i: first for i, first in ties.items() if leaves[i] is leaves[first]}
+
+
+def _with_values(request: Request, anchor: Any, ties: dict[int, int]) -> Any:
+    """Return a tree whose averaged leaves have an anchor's values, in memory of their own: donated, or new."""
+    values, _ = _tree.flatten(anchor)
+    if _is_traced(request.everything) or _is_traced(values):  # XLA sees to the memory
+        return request.rebuild(values)
+    request, copying = request._replace(ties=ties), _Values(values)
+    return request.rebuild(move(request, Agreement(None, same_layout=True), copying, session_of(copying), math.inf))
+
+
+class _Values(Solo):
+    """A process alone, whose results are given."""
+
+    def __init__(self, values: Sequence[Any]) -> None:
+        self._values = values
+
+    def fill(self, layout: Layout, _: Sequence[Any], results: Sequence[Any], ties: Mapping[int, int]) -> None:
+        """Copy the values into the results."""
+        for i, (family, value) in enumerate(zip(layout.families, self._values, strict=True)):
+            if i not in ties:
+                family.copy([results[i]], [family.carrier(value)])
+
+
+def _is_traced(tree: Any) -> bool:
+    return is_traced(_tree.flatten(tree)[0], None)

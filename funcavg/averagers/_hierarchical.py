@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 from funcavg._axis import is_axis
@@ -12,14 +13,15 @@ from funcavg._schedule import check_schedule, should_average
 from funcavg._stacked import Stacked
 from funcavg.averagers._base import (
     Averager,
+    check_tree,
     checksum_of,
     choose,
-    fail_everywhere,
-    same_tree,
+    failing_everywhere,
+    step_of,
     synchronise,
     without_grad,
 )
-from funcavg.averagers._periodic import another_tree
+from funcavg.collectives import is_outside
 from funcavg.collectives.blocks import block_of
 
 __all__ = ["HierarchicalState", "hierarchical"]
@@ -29,7 +31,7 @@ class HierarchicalState(NamedTuple):
     """The state of `hierarchical`: the same on every rank, and fit for any groups."""
 
     step: Any  # updates so far; shape (), an integer
-    tree: Any  # a checksum of its paths, shapes, dtypes and what is averaged; shape (), an integer
+    tree: Any  # a checksum of the averaged leaves' paths, shapes and dtypes; shape (), an integer
 
 
 def hierarchical(
@@ -53,8 +55,8 @@ def hierarchical(
 
     Args:
         levels: {period, in steps: group}. A group is whatever `funcavg.average` takes, an axis name included; or a
-            number, of consecutive ranks of ``group`` in each block that averages so often, which divides the number of
-            ranks in ``group``.
+            number, of consecutive ranks of ``group`` in each block that averages so often. Numbers grow with the
+            periods, each a multiple of the one before, and divide the ranks of ``group``.
         warmup: Steps, at least 0, before the first average.
         anchor: What periods count from: ``"step"``, from the first step, as in torch's ``HierarchicalModelAverager``;
             ``"warmup"``, from the end of the warm-up, as in `periodic`.
@@ -66,7 +68,7 @@ def hierarchical(
 
     Raises:
         TypeError, ValueError: If ``levels`` is empty or no mapping; if periods or ``warmup`` are no integers, are too
-            small, or do not nest; if a number does not divide the ranks of ``group``. On this rank.
+            small, or do not nest; if numbers of ranks do not nest. On this rank.
         ValueError: From ``update``, if the tree is not that of ``init``; see `periodic`.
 
         ``update`` raises what `funcavg.average` raises, on the ranks of the group that averages.
@@ -100,42 +102,56 @@ def hierarchical(
         SGD](https://arxiv.org/abs/2010.12998), AAAI 2022. torch's ``HierarchicalModelAverager``.
     """
     periods, start, warmup = _check(levels, warmup, anchor)
-    if (is_axis(group) or isinstance(group, Stacked)) and any(isinstance(who, int) for who in levels.values()):
-        raise TypeError(
-            f"hierarchical: numbers of ranks are blocks of a group of processes or threads, got {group!r}. Map periods "
-            f"to groups instead, such as names of mesh axes."
-        )
-    groups = [block_of(group, who) if isinstance(who, int) else who for who in (levels[period] for period in periods)]
+    groups = _groups([levels[period] for period in periods], group)
 
     def init(params: Any) -> HierarchicalState:
         return HierarchicalState(0, checksum_of(params, where))
 
     def update(params: Any, state: HierarchicalState, *, weight: Any = None, donate: bool = False) -> Any:
-        step = state.step
+        step = step_of(state)
 
         def fires(level: int) -> Any:
             due = should_average(step, warmup=start, period=periods[level])
             return due if start == warmup else due & (step >= warmup)
 
         def meet_at(level: int) -> Any:
+            method = f"hierarchical, period {periods[level]}"
             return lambda params: synchronise(
-                params, groups[level], method="hierarchical", step=step, weight=weight, where=where, donate=donate
+                params, groups[level], method=method, step=step, weight=weight, where=where, donate=donate
             )
 
         def meet(level: int) -> Any:
             """Average at this level, or at a higher one: periods nest, so that it is due only if this one is."""
             if level + 1 == len(periods):
                 return meet_at(level)
-            return lambda params: choose(fires(level + 1), [meet_at(level), meet(level + 1)], params)
+            return lambda params: choose(fired[level + 1], [meet_at(level), meet(level + 1)], params)
 
         with without_grad():
-            if not same_tree(state.tree, params, where):
-                due = [level for level in range(len(periods)) if fires(level)]
-                fail_everywhere(another_tree("hierarchical"), groups[max(due, default=0)], others_wait=bool(due))
-            params = choose(fires(0), [lambda params: params, meet(0)], params)
+            fired = [fires(level) for level in range(len(periods))]
+            waiting = sum(map(bool, fired)) - 1 if isinstance(step, int) else 0  # the level; -1 for none
+            with failing_everywhere(groups[max(waiting, 0)], others_wait=waiting >= 0):
+                check_tree(state.tree, params, where, "hierarchical")
+            params = choose(fired[0], [lambda params: params, meet(0)], params)
             return params, state._replace(step=step + 1)
 
     return Averager(init, update)
+
+
+def _groups(given: list[Any], group: Any) -> list[Any]:
+    """Return groups, where some are given as numbers of ranks in a block."""
+    sizes = [who for who in given if isinstance(who, Integral) and not is_outside(who)]
+    if sizes and (is_axis(group) or isinstance(group, Stacked)):
+        raise TypeError(
+            f"hierarchical: numbers of ranks are blocks of a group of processes or threads, got {group!r}. Map periods "
+            f"to groups instead, such as names of mesh axes."
+        )
+    for smaller, larger in pairwise(sizes):
+        if smaller < 1 or larger % smaller:
+            raise ValueError(
+                f"hierarchical: each number of ranks must be a multiple of the one before, got {sizes}, by ascending "
+                f"period"
+            )
+    return [block_of(group, int(who)) if isinstance(who, Integral) and not is_outside(who) else who for who in given]
 
 
 def _check(levels: Any, warmup: Any, anchor: Any) -> tuple[list[int], int, int]:

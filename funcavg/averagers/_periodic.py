@@ -8,22 +8,23 @@ from funcavg._request import Where
 from funcavg._schedule import check_schedule, should_average
 from funcavg.averagers._base import (
     Averager,
+    check_tree,
     checksum_of,
     choose,
-    fail_everywhere,
-    same_tree,
+    failing_everywhere,
+    step_of,
     synchronise,
     without_grad,
 )
 
-__all__ = ["PeriodicState", "another_tree", "periodic"]
+__all__ = ["PeriodicState", "periodic"]
 
 
 class PeriodicState(NamedTuple):
     """The state of `periodic`: the same on every rank, and fit for any number of them."""
 
     step: Any  # updates so far; shape (), an integer
-    tree: Any  # a checksum of its paths, shapes, dtypes and what is averaged; shape (), an integer
+    tree: Any  # a checksum of the averaged leaves' paths, shapes and dtypes; shape (), an integer
 
 
 def periodic(period: int, *, warmup: int = 0, group: Any = None, where: Where | None = None) -> Averager:
@@ -49,8 +50,8 @@ def periodic(period: int, *, warmup: int = 0, group: Any = None, where: Where | 
     Raises:
         TypeError, ValueError: If ``period`` or ``warmup`` is no integer, or too small. On this rank. From ``init``, if
             a leaf can be neither averaged nor passed through: on this rank.
-        ValueError: From ``update``, if the tree is not that of ``init``: on every rank, at steps that average; at
-            others, on this rank.
+        ValueError: From ``update``, if the averaged leaves are not those of ``init``: on every rank, at steps that
+            average; at others, on this rank. Under ``jax.jit`` it is not looked at.
 
         ``update`` raises what `funcavg.average` raises, at steps that average.
 
@@ -87,23 +88,15 @@ def periodic(period: int, *, warmup: int = 0, group: Any = None, where: Where | 
         return PeriodicState(0, checksum_of(params, where))
 
     def update(params: Any, state: PeriodicState, *, weight: Any = None, donate: bool = False) -> Any:
+        step = step_of(state)
+
         def meet(params: Any) -> Any:
-            return synchronise(
-                params, group, method="periodic", step=state.step, weight=weight, where=where, donate=donate
-            )
+            return synchronise(params, group, method="periodic", step=step, weight=weight, where=where, donate=donate)
 
         with without_grad():
-            fires = should_average(state.step, warmup=warmup, period=period)
-            if not same_tree(state.tree, params, where):
-                fail_everywhere(another_tree("periodic"), group, others_wait=fires)
-            return choose(fires, [lambda params: params, meet], params), state._replace(step=state.step + 1)
+            fires = should_average(step, warmup=warmup, period=period)
+            with failing_everywhere(group, others_wait=fires):
+                check_tree(state.tree, params, where, "periodic")
+            return choose(fires, [lambda params: params, meet], params), state._replace(step=step + 1)
 
     return Averager(init, update)
-
-
-def another_tree(method: str) -> ValueError:
-    """Return the error for a tree that is not the one of ``init``."""
-    return ValueError(
-        f"{method}: update was given another tree than init: paths, shapes, dtypes or what `where` accepts differ. "
-        f"Keep the tree as it is, or begin anew with init."
-    )

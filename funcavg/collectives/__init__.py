@@ -12,7 +12,7 @@ from typing import Any
 from funcavg.collectives.base import Collective
 from funcavg.collectives.solo import Solo
 
-__all__ = ["Collective", "Solo", "as_collective", "default_group", "launched_ranks"]
+__all__ = ["Collective", "Solo", "as_collective", "default_group", "is_outside", "launched_ranks"]
 
 # (variable with the number of ranks, variable that must be there too, who sets them, what to call)
 Launcher = tuple[str, str, str, str]
@@ -90,8 +90,14 @@ def _is_torch_group(group: Any, torch_dist: Any) -> bool:
     kinds: tuple[type, ...] = (torch_dist.ProcessGroup,)
     if (mesh := sys.modules.get("torch.distributed.device_mesh")) is not None:
         kinds = (*kinds, mesh.DeviceMesh)
-    outside = type(group) is int and group == torch_dist.GroupMember.NON_GROUP_MEMBER
-    return outside or isinstance(group, kinds)
+    return is_outside(group) or isinstance(group, kinds)
+
+
+def is_outside(group: Any) -> bool:
+    """Say whether this is what torch gives as a group to ranks that are not in it: an integer."""
+    torch_dist: Any = sys.modules.get("torch.distributed")
+    usable = torch_dist is not None and torch_dist.is_available()
+    return type(group) is int and usable and group == torch_dist.GroupMember.NON_GROUP_MEMBER
 
 
 def _mpi_world() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from typing import Any
 
 from funcavg.collectives import as_collective, default_group
@@ -26,13 +27,22 @@ def block_of(group: Any, size: int) -> Any:
         return group
     if size == 1:
         return Solo()
-    first = collective.rank // size * size
-    members = range(first, first + size)
+    made = _MADE.setdefault(collective, {})  # once: a job may make many averagers
+    if size not in made:
+        first = collective.rank // size * size
+        made[size] = _make(group, collective, range(first, first + size))
+    return made[size]
+
+
+_MADE: weakref.WeakKeyDictionary[Any, dict[int, Any]] = weakref.WeakKeyDictionary()
+
+
+def _make(group: Any, collective: Any, members: range) -> Any:
     if hasattr(collective, "block"):
         return collective.block(members)
     mpi: Any = sys.modules.get("mpi4py.MPI")
     if mpi is not None and isinstance(group, mpi.Comm):
-        return group.Split(first, collective.rank)
+        return group.Split(members.start, collective.rank)
     dist: Any = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available():
         mesh = getattr(sys.modules.get("torch.distributed.device_mesh"), "DeviceMesh", ())
