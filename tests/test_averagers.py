@@ -113,10 +113,8 @@ class TestAgainstTextbooks:
     def test_identities(self, framework):
         """Each method at the settings at which it is plain averaging, or gradient averaging."""
         at_ends = local_training_and(lambda anchor, delta, memory: (anchor - delta, memory), 20, 4)
-        for plain in (
-            outer.sgd(1.0),  # DiLoCo with eta = 1, mu = 0; SlowMo with alpha = 1, beta = 0; BMUF with eta = 0
-            outer.sgd(1.0, momentum=0.0),
-        ):
+        # DiLoCo with eta = 1, mu = 0; SlowMo with alpha = 1, beta = 0; BMUF with zeta = 1, eta = 0; FedAvgM, beta = 0
+        for plain in (outer.sgd(1.0), outer.nesterov(1.0, 0.0)):
             same(paths(lambda g, plain=plain: diloco(4, outer=plain, group=g), framework), at_ends)
         # ... which is what averaging at the same steps gives, but for rounding: those of `periodic` begin one later.
         averaged = paths(lambda g: periodic(4, warmup=3, group=g), framework)
@@ -134,14 +132,15 @@ class TestAgainstTextbooks:
         same(paths(lambda g: periodic(1, group=g), framework, size=1), [alone[0]])
 
 
-def test_from_one_start_averaging_parameters_at_every_step_is_averaging_gradients(monkeypatch):
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_from_one_start_averaging_parameters_at_every_step_is_averaging_gradients(framework, monkeypatch):
     monkeypatch.setattr(averaging, "STARTS", [STARTS[0]] * SIZE)
-    every = paths(lambda g: periodic(1, group=g))
-    synchronous = paths(lambda g: periodic(1, warmup=100, group=g), warmup=20)
+    every = paths(lambda g: periodic(1, group=g), framework)
+    synchronous = paths(lambda g: periodic(1, warmup=100, group=g), framework, warmup=20)
     near(every, synchronous)
 
 
-def by_hand(make, drifts, steps, start=(0.0, 0.0)):
+def by_hand(make, drifts, steps, start=(0.0, 0.0), weights=(None, None)):
     """Return the paths of two workers whose every step adds a constant."""
 
     def fn(group):
@@ -149,7 +148,7 @@ def by_hand(make, drifts, steps, start=(0.0, 0.0)):
         params = np.array(start[group.rank])
         state, path = averager.init(params), []
         for _ in range(steps):
-            params, state = averager.update(params + drifts[group.rank], state)
+            params, state = averager.update(params + drifts[group.rank], state, weight=weights[group.rank])
             path.append(float(params))
         return path
 
@@ -176,6 +175,12 @@ def test_tables_computed_by_hand():
     # SlowMo, tau 2, alpha 1, beta 1/2, from 0. After two steps: 2 and 6. delta = -4. u = -4. 0 + 4 = 4.
     # After two more: 6 and 10. delta = -4. u = -2 - 4 = -6. 4 + 6 = 10.
     assert by_hand(lambda g: diloco(2, outer=outer.sgd(1.0, 0.5), group=g), (1, 3), 4) == [[1, 4, 5, 10], [3, 4, 7, 10]]
+    # FedAvgM, beta 1/2, workers of 1 and 3 examples. After two steps: 2 and 6. delta = -(2 + 3 * 6)/4 = -5. v = -5.
+    # 0 + 5 = 5. After two more: 7 and 11. delta = 5 - (7 + 3 * 11)/4 = -5. v = -2.5 - 5 = -7.5. 5 + 7.5 = 12.5.
+    assert by_hand(lambda g: diloco(2, outer=outer.sgd(1.0, 0.5), group=g), (1, 3), 4, weights=(1, 3)) == [
+        [1, 5, 6, 12.5],
+        [3, 5, 8, 12.5],
+    ]
     # BMUF, zeta 1/2, eta 1/2: G = 4. D = 0/2 + 4/2 = 2. 0 + 2 = 2. Then G = 4. D = 2/2 + 2 = 3. 2 + 3 = 5.
     assert by_hand(lambda g: diloco(2, outer=outer.sgd(0.5, 0.5), group=g), (1, 3), 4) == [[1, 2, 3, 5], [3, 2, 5, 5]]
 
