@@ -91,6 +91,12 @@ def prepare_jax() -> tuple[Any, Callable[[Any, Sequence[Any], Run], Sequence[Any
                 "average: a group of processes inside jax.shard_map or jax.pmap, where every device would call it. "
                 "Pass the axis name there, and average over the group outside."
             )
+        devices = getattr(context, "device_assignment", None) or ()
+        if len({device.process_index for device in devices}) > 1:
+            raise ValueError(
+                "average: a group of processes in a program over the devices of several processes, of which only one "
+                "would call it. Average by an axis name inside jax.shard_map instead."
+            )
         if tuple(ctx.module_context.platforms) == ("cpu",) and context.num_devices == 1:
             token, *results = _call_in_place(ctx, token, operands, keeping_failures(run), private)
         else:

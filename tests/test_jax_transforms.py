@@ -53,6 +53,12 @@ except TypeError as error:
     assert "params_tree['w'] is a JAX array float32[2, 3] that lies partly in other processes" in str(error), error
 else:
     raise SystemExit("an array of two processes was averaged by one")
+try:
+    jax.jit(lambda x: average(x, __import__("funcavg").collectives.Solo()))(whole)
+except ValueError as error:
+    assert "a program over the devices of several processes" in str(error), error
+else:
+    raise SystemExit("a program of two processes averaged over the group of one")
 """
 
 
