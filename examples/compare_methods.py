@@ -1,21 +1,30 @@
-"""Five ways to train one model on several workers: what each one learns, and what it sends for that.
+"""Five ways to train a language model on several workers: how well each one learns, and how much it sends for that.
 
-Every method is an averager, and all go through the loop in `train`, with the same steps, text and optimizer.
+Every method is an averager, and all go through the loop in `train`: the same steps, text and optimizer, Adam.
 
-    python examples/compare_methods.py                          starts four workers of its own
-    python examples/compare_methods.py --steps 60 --seeds 1     just to see it run
+    python examples/compare_methods.py                          starts four workers of its own, and takes minutes
+    python examples/compare_methods.py --steps 60 --seeds 1     only to see it run
 
-The learning rate is the best of three for synchronous training; `--rates` searches again. The others take it as it is.
+The learning rate is the one, of three, that is best for synchronous training: --rates 0.003 0.01 0.03 tries them again.
+The other methods take it as it is.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from charlm import Params, adam, init_params, loss_fn, sample
+import torch.multiprocessing as mp
+from charlm import Params, adam, init_params, load_corpus, loss_fn, sample, shard, spread
 from torch.func import grad_and_value
 from tqdm import tqdm
 
@@ -23,41 +32,42 @@ import funcavg
 from funcavg import average
 from funcavg.collectives import as_collective
 
-SYNCHRONOUS, DILOCO = "synchronous", "DiLoCo"
-METHODS = (SYNCHRONOUS, "local SGD", "post-local SGD", "hierarchical SGD", DILOCO)
-BATCH = 4  # windows of text in a step of a worker
+Run = dict[str, Any]  # what a training run leaves behind, for JSON
+
+SYNCHRONOUS, LOCAL, POST_LOCAL, HIERARCHICAL, DILOCO = METHODS = (
+    "synchronous", "local SGD", "post-local SGD", "hierarchical SGD", "DiLoCo",
+)  # fmt: skip
+BATCH = 8  # windows of text in a step of a worker
 VALIDATION = 512  # windows
-POINTS = 20  # validations in a run
+EVERY = 60  # steps between validations
 LINKS = {"100 Mbit/s": 1e8, "10 Gbit/s": 1e10}  # bits in a second
 
 
 class Job(NamedTuple):
-    """What a worker has: its text, and who it averages with."""
+    """What a worker has."""
 
     text: torch.Tensor
     valid: torch.Tensor  # its part of the windows to validate on
-    pair: Any  # the group of two workers that average more often than all do; None if there are too few workers
-    referee: Any  # another group of all workers: validation is averaged here, where no bytes of a method are counted
+    pair: Any  # the group of two workers that average more often than all do; None if there are no pairs
+    referee: Any  # all workers, once more: validation averages here, where no bytes of a method are counted
     bar: tqdm
 
 
 def make_averager(method: str, pair: Any, args: argparse.Namespace) -> tuple[funcavg.Averager, int]:
     """Return a method, and for how many steps it averages gradients."""
-    warmup = args.steps // 20
     if method == SYNCHRONOUS:  # is all warm-up
         return funcavg.periodic(1, warmup=args.steps), args.steps
-    if method == "local SGD":
+    if method == LOCAL:
         return funcavg.periodic(args.period), 0
-    if method == "post-local SGD":
-        return funcavg.periodic(args.period, warmup=warmup), warmup
-    if method == "hierarchical SGD":
+    if method == POST_LOCAL:
+        return funcavg.periodic(args.period, warmup=args.steps // 20), args.steps // 20
+    if method == HIERARCHICAL:
         return funcavg.hierarchical({args.period // 4: pair, args.period: None}), 0
-    outer = funcavg.outer.nesterov(args.outer_rate, args.outer_momentum)
-    return funcavg.diloco(args.outer_period, outer=outer, warmup=args.outer_warmup), args.outer_warmup
+    return funcavg.diloco(args.outer_period, outer=funcavg.outer.nesterov(args.outer_rate, args.outer_momentum)), 0
 
 
-def train(method: str, rate: float, seed: int, job: Job, args: argparse.Namespace) -> dict[str, Any]:
-    """Train from the seed's parameters, and return how the run went."""
+def train(method: str, rate: float, seed: int, job: Job, args: argparse.Namespace) -> Run:
+    """Train from the seed's parameters."""
     rank, everyone = dist.get_rank(), as_collective()
     groups = [everyone] if job.pair is None else [everyone, as_collective(job.pair)]
 
@@ -65,34 +75,180 @@ def train(method: str, rate: float, seed: int, job: Job, args: argparse.Namespac
         return sum(group.bytes_sent for group in groups)
 
     job.bar.set_description(f"{method}, seed {seed}")
-    params = init_params(seed)
-    zeros = {name: torch.zeros_like(param) for name, param in params.items()}
-    inner = {"params": params, "mean": zeros, "square": zeros}
-    counts, curve = [sent()], []  # bytes after every occasion to send some; bytes and validation losses
+    zeros = {name: torch.zeros_like(param) for name, param in init_params(seed).items()}
+    inner = {"params": init_params(seed), "mean": zeros, "square": zeros}
+    sent_to_all, counts, curve = everyone.bytes_sent, [sent()], []  # what was sent after each occasion to send
     averager, warmup = make_averager(method, job.pair, args)
-    state = averager.init(params)
+    state = averager.init(inner["params"])
     counts.append(sent())
     for step in range(args.steps):
-        met = everyone.bytes_sent
+        before = everyone.bytes_sent
         batch = sample(job.text, BATCH, seed=seed, rank=rank, step=step)
         grads, _ = grad_and_value(loss_fn)(inner["params"], batch)
-        if step < warmup:
+        if step < warmup:  # during warm-up the gradients are averaged,
             grads = average(grads, donate=True)
             counts.append(sent())
-        inner = adam(inner, grads, rate * (1 - step / args.steps), step)
-        inner["params"], state = averager.update(inner["params"], state, donate=True)
-        if step + 1 == args.steps and everyone.bytes_sent == met:  # the model is the mean of the workers'
-            inner["params"] = average(inner["params"], donate=True)
+        rising, falling = min(1, 20 * (step + 1) / args.steps), 1 - step / args.steps
+        inner = adam(inner, grads, rate * rising * falling, step)
+        inner["params"], state = averager.update(inner["params"], state, donate=True)  # then whatever the method says
+        if step + 1 == args.steps and everyone.bytes_sent == before:  # the end lies within a period,
+            inner["params"] = average(inner["params"], donate=True)  # and the model is the mean of the workers'
         counts.append(sent())
-        if (step + 1) * POINTS % args.steps < POINTS:
+        if (step + 1) % EVERY == 0 or step + 1 == args.steps:
             curve.append((counts[-1] - counts[0], validate(inner["params"], job)))
         job.bar.update()
-    return {"method": method, "rate": rate, "seed": seed, "curve": curve, "synchronisations": len(set(counts)) - 1}
+    run = {"method": method, "rate": rate, "seed": seed, "loss": curve[-1][1], "averagings": len(set(counts)) - 1}
+    return run | {"sent": curve[-1][0], "sent_to_all": everyone.bytes_sent - sent_to_all, "curve": curve}
 
 
 def validate(params: Params, job: Job) -> float:
-    """Return the validation loss of the mean of the workers' models, in nats per character. Training never notices."""
+    """Return the validation loss, in nats per character, of the mean of the workers' models. Training never notices."""
     model = average(params, job.referee)
     with torch.no_grad():
         loss = torch.stack([len(part) * loss_fn(model, part) for part in job.valid.split(16)]).sum() / len(job.valid)
-    return average(loss, job.referee, weight=len(job.valid)).item()
+    loss = average(loss, job.referee, weight=len(job.valid)).item()
+    return loss if math.isfinite(loss) else math.inf
+
+
+def work(rank: int, args: argparse.Namespace, folder: str) -> None:
+    """Be one of the workers: train with every method from every seed. Rank 0 writes down what came of it."""
+    torch.set_num_threads(1)  # workers share the cores
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=args.workers)
+    corpus = load_corpus()
+    text, valid = shard(corpus.train, rank, args.workers), spread(torch.cat(corpus.valid), VALIDATION)
+    pair = dist.new_subgroups(2)[0] if args.workers == 4 else None
+    plan = [(method, seed) for seed in range(args.seeds) for method in args.methods]
+    tries = args.rates if len(args.rates) > 1 else []
+    bar = tqdm(total=(len(tries) + len(plan)) * args.steps, unit="step", disable=rank != 0)
+    job = Job(text, valid[rank :: args.workers], pair, dist.new_group(), bar)
+    tried = [train(SYNCHRONOUS, rate, 0, job, args) for rate in tries]
+    best = min(tried, key=lambda run: run["loss"])["rate"] if tried else args.rates[0]  # the same bits on every rank
+    runs = [train(method, best, seed, job, args) for method, seed in plan]
+    bar.close()
+    dist.destroy_process_group()
+    if rank == 0:
+        settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
+        results = {"settings": settings, "tried": tried, "runs": runs}
+        Path(folder, "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+def report(results: dict[str, Any], args: argparse.Namespace) -> None:
+    """Print the table, save the plot, and say whether DiLoCo has kept its promise."""
+    for run in results["tried"]:
+        print(f"{SYNCHRONOUS}, learning rate {run['rate']:g}: validation loss {run['loss']:.3f}")
+    rate = results["runs"][0]["rate"]
+    runs = {method: [run for run in results["runs"] if run["method"] == method] for method in args.methods}
+    links = "".join(f"{f'at {link}':>15}" for link in LINKS)
+    print(f"\n{'method':18}{'validation loss':>16}{'averagings':>12}{'sent per worker':>17}{'fewer bytes':>13}{links}")
+    losses = {method: statistics.fmean(run["loss"] for run in each) for method, each in runs.items()}
+    sent = {method: each[0]["sent"] for method, each in runs.items()}  # whatever the seed
+    for method, each in runs.items():
+        deviation = f" ± {statistics.stdev(run['loss'] for run in each):.3f}" if len(each) > 1 else ""
+        fewer = f"{sent[SYNCHRONOUS] / sent[method]:.1f} x" if SYNCHRONOUS in runs else "-"
+        seconds = "".join(f"{8 * sent[method] / bits:13.3g} s" for bits in LINKS.values())
+        columns = f"{f'{losses[method]:.3f}{deviation}':>16}{each[0]['averagings']:12}{sent[method] / 1e6:14.2f} MB"
+        print(f"{method:18}{columns}{fewer:>13}{seconds}")
+    print(f"\nLoss: nats per character, mean ± standard deviation of {args.seeds} seed(s), at learning rate {rate:g}.")
+    print("Seconds: computed, what the bytes would take on links of this speed.")
+    if HIERARCHICAL in runs:
+        part = 1 - runs[HIERARCHICAL][0]["sent_to_all"] / sent[HIERARCHICAL]
+        print(f"Of {HIERARCHICAL}'s bytes {100 * part:.0f} % go to the other worker of a pair, which may share a host.")
+    plot(runs, args)
+    print(f"Curves saved to {args.plot.resolve()}")
+    if not {SYNCHRONOUS, DILOCO} <= set(runs):
+        return
+    more, fewer = 100 * (losses[DILOCO] / losses[SYNCHRONOUS] - 1), sent[SYNCHRONOUS] / sent[DILOCO]
+    met = more <= 5 and fewer >= 50
+    verdict = (
+        f"Goal {'met' if met else 'missed'}: DiLoCo's validation loss is {abs(more):.1f} % "
+        f"{'above' if more > 0 else 'below'} that of synchronous training (goal: at most 5 % above), "
+        f"and it sends {fewer:.1f} times fewer bytes (goal: 50 times)."
+    )
+    if not met:
+        sys.exit(verdict)
+    print(verdict)
+
+
+def plot(runs: dict[str, list[Run]], args: argparse.Namespace) -> None:
+    """Save the validation losses, by bytes sent."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    ends = {}
+    for method, each in runs.items():
+        color = f"C{METHODS.index(method)}"
+        megabytes = [sent / 1e6 for sent, _ in each[0]["curve"]]
+        points = list(zip(*([loss for _, loss in run["curve"]] for run in each), strict=True))  # a loss for each seed
+        means = list(map(statistics.fmean, points))
+        axes.plot(megabytes, means, ".-", color=color, label=method)
+        axes.fill_between(megabytes, list(map(min, points)), list(map(max, points)), color=color, alpha=0.2)
+        axes.plot(megabytes[-1], means[-1], "o", color=color, markersize=9)
+        ends[method] = megabytes[-1], means[-1]
+    if SYNCHRONOUS in ends:
+        loss = ends[SYNCHRONOUS][1]
+        axes.axhspan(loss, 1.05 * loss, color="grey", alpha=0.15, label="synchronous, and up to 5 % more")
+    axes.set(xscale="log", xlabel="MB sent by each worker", ylabel="validation loss, nats per character")
+    axes.set_title(f"{args.workers} workers, {args.steps} steps; a dot every {EVERY} steps")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(args.plot, dpi=150)
+    plt.close(figure)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read and check the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, choices=(2, 3, 4), default=4, help="how many to start (default: 4)")
+    parser.add_argument("--steps", type=int, default=1500, help="of each run (default: 1500)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default: 3)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="(default: all, hierarchical SGD for 4 workers)")
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.01], help="learning rates to try (default: 0.01)")
+    parser.add_argument("--period", type=int, default=16, help="of all methods but DiLoCo, in steps (default: 16)")
+    parser.add_argument("--outer-period", type=int, default=60, help="DiLoCo's, in steps (default: 60)")
+    parser.add_argument("--outer-rate", type=float, default=1.0, help="of DiLoCo's outer optimizer (default: 1.0)")
+    parser.add_argument("--outer-momentum", type=float, default=0.5, help="likewise (default: 0.5)")
+    parser.add_argument("--plot", type=Path, default=Path("compare_methods.png"), help="where the curves are saved")
+    parser.add_argument("--save", type=Path, help="where everything measured is saved, as JSON")
+    args = parser.parse_args()
+    possible = [method for method in METHODS if method != HIERARCHICAL or args.workers == 4]
+    args.methods = list(dict.fromkeys(args.methods or possible))
+    if HIERARCHICAL in args.methods and args.workers != 4:
+        parser.error(f"{HIERARCHICAL} averages pairs and all, and needs --workers 4, got {args.workers}")
+    for name in ("steps", "seeds"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if not all(0 < rate < math.inf for rate in args.rates):
+        parser.error(f"--rates must be positive, got {' '.join(map(str, args.rates))}")
+    for name, path in (("plot", args.plot), ("save", args.save)):
+        if path is not None and not path.parent.is_dir():
+            parser.error(f"--{name}: there is no folder {path.parent}")
+    if args.plot.suffix not in (".png", ".pdf", ".svg"):
+        parser.error(f"--plot must end with .png, .pdf or .svg, got {args.plot}")
+    try:
+        for method in args.methods:
+            make_averager(method, None, args)
+    except ValueError as error:
+        parser.error(f"{error}")
+    return args
+
+
+def main() -> None:
+    """Start the workers, and report what they have found."""
+    args = parse_arguments()
+    os.environ["OMP_NUM_THREADS"] = "1"  # workers share the cores
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            mp.spawn(work, (args, folder), args.workers)
+        except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:  # holds the worker's traceback
+            sys.exit(f"{error}")
+        text = Path(folder, "results.json").read_text(encoding="utf-8")
+    if args.save is not None:
+        args.save.write_text(text, encoding="utf-8")
+    report(json.loads(text), args)
+
+
+if __name__ == "__main__":
+    main()

@@ -66,6 +66,8 @@ def prepare_jax() -> tuple[Any, Callable[[Any, Sequence[Any], Run], Sequence[Any
     ``operands`` are leaves and a weight. When the program runs, ``run`` is called in its place, in program order, and
     what it raises is what the caller of the program sees.
     """
+    import jax
+
     private = _private()
 
     class Averages(private.effects.Effect):  # type: ignore[misc, name-defined]
@@ -91,11 +93,12 @@ def prepare_jax() -> tuple[Any, Callable[[Any, Sequence[Any], Run], Sequence[Any
                 "average: a group of processes inside jax.shard_map or jax.pmap, where every device would call it. "
                 "Pass the axis name there, and average over the group outside."
             )
-        devices = getattr(context, "device_assignment", None) or ()
-        if len({device.process_index for device in devices}) > 1:
+        if context.num_devices > 1 and jax.process_count() > 1:
+            # XLA would call from one of the devices, and whose they are is not known yet.
             raise ValueError(
-                "average: a group of processes in a program over the devices of several processes, of which only one "
-                "would call it. Average by an axis name inside jax.shard_map instead."
+                f"average: a group of processes in a program for {context.num_devices} devices, where jax.distributed "
+                f"runs {jax.process_count()} processes: of these only one might call it. Average by an axis name inside "
+                f"jax.shard_map instead."
             )
         if tuple(ctx.module_context.platforms) == ("cpu",) and context.num_devices == 1:
             token, *results = _call_in_place(ctx, token, operands, keeping_failures(run), private)
