@@ -97,8 +97,8 @@ def prepare_jax() -> tuple[Any, Callable[[Any, Sequence[Any], Run], Sequence[Any
             # XLA would call from one of the devices, and whose they are is not known yet.
             raise ValueError(
                 f"average: a group of processes in a program for {context.num_devices} devices, where jax.distributed "
-                f"runs {jax.process_count()} processes: of these only one might call it. Average by an axis name inside "
-                f"jax.shard_map instead."
+                f"runs {jax.process_count()} processes: of these only one might call it. Average by an axis name "
+                f"inside jax.shard_map instead."
             )
         if tuple(ctx.module_context.platforms) == ("cpu",) and context.num_devices == 1:
             token, *results = _call_in_place(ctx, token, operands, keeping_failures(run), private)
