@@ -10,7 +10,7 @@ from funcavg._axis import average_over_axis, is_axis
 from funcavg._compile import not_compiled
 from funcavg._engine import carry_out
 from funcavg._handle import Flight, Handle
-from funcavg._jax_primitive import average_traced, finish_what_is_traced, is_traced
+from funcavg._jax_primitive import average_traced, is_traced
 from funcavg._request import Where, failed_request, make_request
 from funcavg._session import session_of
 from funcavg._stacked import Stacked, average_stacked
@@ -121,7 +121,6 @@ def average(
                 "T", average_differentiably(everything, spec, collective, session, weight, where, donate, seconds)
             )
         request = make_request(everything, spec, weight=weight, where=where, donate=donate)
-    finish_what_is_traced()
     with session.entered("average"):
         results = carry_out(request, collective, session, seconds)
     return cast("T", request.rebuild(results))
@@ -202,7 +201,6 @@ def start_average(
                 "recorded. Call it under torch.no_grad(), or use average."
             )
         request = make_request(everything, spec, weight=weight, where=where, donate=donate)
-    finish_what_is_traced()
     session.enter("start_average")
     try:
         return Handle(None, Flight(request, collective, session, seconds))

@@ -34,9 +34,15 @@ def average_over_axis(params_tree: Any, axis: Any, weight: Any, where: Where | N
 
     everything, spec = _tree.flatten(params_tree)
     traced = isinstance(weight, jax.Array)
+    if traced and (weight.ndim or weight.dtype.kind not in "iuf"):
+        raise TypeError(f"average: weight must be a number, at least 0, got {weight.dtype.name}{list(weight.shape)}")
     request = make_request(everything, spec, weight=None if traced else weight, where=where, wrapped=True)
     alone = Solo()
     reach_agreement(request, alone, session_of(alone), math.inf)  # raises this rank's own mistakes
+    if not traced and weight is not None:  # the same number on all ranks, which run one program
+        if not float(weight):
+            raise ValueError("average: the weights of all ranks are 0")
+        weight = None
     # Numbers are the same on all ranks, which run one program.
     moving = [i for i, leaf in enumerate(request.leaves) if not isinstance(leaf, (float, complex))]
     leaves = list(request.leaves)

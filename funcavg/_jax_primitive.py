@@ -24,11 +24,11 @@ from funcavg import _tree
 from funcavg._arrays import StandIn
 from funcavg._engine import carry_out, move, reach_agreement
 from funcavg._jax_private import prepare_jax
-from funcavg._request import Where, make_request
+from funcavg._request import Request, Where, failed_request, make_request
 from funcavg._session import Session
 from funcavg.collectives.base import Collective
 
-__all__ = ["average_traced", "finish_what_is_traced", "is_traced"]
+__all__ = ["average_traced", "is_traced"]
 
 
 def is_traced(everything: Sequence[Any], weight: Any) -> bool:
@@ -37,12 +37,6 @@ def is_traced(everything: Sequence[Any], weight: Any) -> bool:
     if jax is None:
         return False
     return any(issubclass(kind, jax.core.Tracer) for kind in {*map(type, everything), type(weight)})
-
-
-def finish_what_is_traced() -> None:
-    """Wait for averages inside compiled programs that are still running: a group does one thing at a time."""
-    if _primitive.cache_info().currsize:
-        sys.modules["jax"].effects_barrier()
 
 
 def average_traced(
@@ -59,15 +53,18 @@ def average_traced(
 
     later = is_traced((), weight)
     request = make_request(everything, spec, weight=None if later else weight, where=where, wrapped=True)
+    mistake = _mistake(request, weight if later else None)
+    if mistake is not None:
+        request = failed_request(mistake)
     if request.layout is None:
         with session.entered("average"):
             carry_out(request, collective, session, timeout)  # raises it on every rank
     assert request.layout is not None
-    if any(type(leaf).__module__.partition(".")[0] == "torch" for leaf in request.leaves):
-        raise TypeError("average: torch tensors cannot be averaged inside JAX's transformations")
     stand_ins = list(everything)
     for i, line in enumerate(request.layout.lines):
-        if i not in request.layout.averaged and line.rsplit(": ", 1)[1] != "not averaged":
+        if i in request.layout.averaged:
+            stand_ins[i] = None  # to come; a call may be kept for long, and must keep no leaf
+        elif line.rsplit(": ", 1)[1] != "not averaged":
             stand_ins[i] = StandIn(line.rsplit(": ", 1)[1])
     call = _Call(
         tuple(stand_ins),
@@ -81,8 +78,17 @@ def average_traced(
         timeout,
     )
     leaves = [jax.numpy.asarray(leaf) for leaf in request.leaves]
-    operand = jax.lax.stop_gradient(jax.numpy.asarray(weight if later else 0.0, jax.numpy.float32))
+    operand = jax.lax.stop_gradient(jax.numpy.asarray(weight if later else 0.0, float))
     return request.rebuild(_primitive().bind(*leaves, operand, call=call, adjoint=False))
+
+
+def _mistake(request: Request, weight: Any) -> TypeError | None:
+    """Return what is wrong with leaves or with a traced weight, if anything is."""
+    if request.layout is not None and any(type(leaf).__module__.startswith("torch") for leaf in request.leaves):
+        return TypeError("torch tensors cannot be averaged inside JAX's transformations.")
+    if weight is not None and (weight.ndim or weight.dtype.kind not in "iuf"):
+        return TypeError(f"weight must be a number, at least 0, got {weight.dtype.name}{list(weight.shape)}.")
+    return None
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -33,6 +35,7 @@ class _Private(NamedTuple):
     on_one_device: Any
     abstract_token: Any
     token_set: Any
+    tokens: Any  # what runs in program order waits for
 
 
 def _private() -> _Private:
@@ -40,7 +43,7 @@ def _private() -> _Private:
     import jax
 
     try:
-        from jax._src import callback, core, effects, ffi
+        from jax._src import callback, core, dispatch, effects, ffi
         from jax._src.interpreters import mlir, pxla
 
         return _Private(
@@ -51,6 +54,7 @@ def _private() -> _Private:
             callback._callback_op_sharding,
             core.abstract_token,
             mlir.TokenSet,
+            dispatch.runtime_tokens,
         )
     except (ImportError, AttributeError) as error:
         raise RuntimeError(
@@ -84,7 +88,7 @@ def prepare_jax() -> tuple[Any, Callable[[Any, Sequence[Any], Run], Sequence[Any
         "remat_allowed_effects",
     ):
         getattr(private.effects, allowed).add_type(Averages)
-    keeping_failures = _let_programs_say_what_failed(private.executable)
+    keeping_failures = _run_programs_at_once(private, Averages)
 
     def emit(ctx: Any, operands: Sequence[Any], run: Run) -> Sequence[Any]:
         context, token = ctx.module_context.axis_context, ctx.tokens_in.get(effect)
@@ -100,7 +104,8 @@ def prepare_jax() -> tuple[Any, Callable[[Any, Sequence[Any], Run], Sequence[Any
                 f"runs {jax.process_count()} processes: of these only one might call it. Average by an axis name "
                 f"inside jax.shard_map instead."
             )
-        if tuple(ctx.module_context.platforms) == ("cpu",) and context.num_devices == 1:
+        on_host = tuple(ctx.module_context.platforms) == ("cpu",) and context.num_devices == 1
+        if on_host and not any(aval.dtype.name.startswith("float4") for aval in ctx.avals_in):  # two in a byte
             token, *results = _call_in_place(ctx, token, operands, keeping_failures(run), private)
         else:
             results, token, _ = private.emit_python_callback(
@@ -142,37 +147,56 @@ def _call_in_place(ctx: Any, token: Any, operands: Sequence[Any], run: Run, priv
     return results
 
 
-def _let_programs_say_what_failed(executable: Any) -> Callable[[Run], Run]:
-    """Let compiled programs raise what their callbacks raised, if those are made by the function that is returned.
+def _run_programs_at_once(private: _Private, effect: type) -> Callable[[Run], Run]:
+    """Let programs that average run when called, in the caller's thread, and raise what their callbacks raised.
 
-    JAX makes a JaxRuntimeError of every exception in a callback, whose text holds the exception's own.
+    JAX may leave a program whose inputs are still being computed to a thread of XLA's. There are as many as cores, and
+    ranks that are threads would block them; MPI may not like to be called from them; the caller's next average could
+    overtake this one; and an error would be JAX's, come later, and come again. So inputs are waited for first, and
+    results after. (JAX makes a JaxRuntimeError of every exception in a callback, whose text holds the exception's own.)
     """
-    import jax
-
-    failures: deque[Exception] = deque(maxlen=64)
-    execute = executable.__call__
+    jax: Any = sys.modules["jax"]
+    failures: deque[tuple[int, BaseException]] = deque(maxlen=64)  # and the threads that callbacks ran in
+    execute = private.executable.__call__
 
     @functools.wraps(execute)
-    def execute_and_say_what_failed(self: Any, *args: Any) -> Any:
-        try:
+    def execute_at_once(self: Any, *args: Any) -> Any:
+        if not any(isinstance(effect_of_it, effect) for effect_of_it in self.ordered_effects):
             return execute(self, *args)
+        jax.block_until_ready(args)
+        here = threading.get_ident()
+        for earlier in [failure for failure in failures if failure[0] == here]:
+            failures.remove(earlier)
+        try:
+            return jax.block_until_ready(execute(self, *args))
         except jax.errors.JaxRuntimeError as error:
-            for failure in list(failures):
-                if str(failure) and str(failure) in str(error):
-                    failures.remove(failure)
-                    raise failure from None
+            private.tokens.clear()  # else whatever comes next would fail with this error
+            for thread, failure in reversed(failures):
+                # In programs for several devices callbacks run in other threads.
+                if thread == here or f"{type(failure).__name__}: {failure}" in str(error):
+                    failures.remove((thread, failure))
+                    raise failure.with_traceback(None) from failure.__cause__
             raise
 
-    executable.__call__ = execute_and_say_what_failed
+    private.executable.__call__ = execute_at_once
 
     def keeping_failures(run: Run) -> Run:
         def call(leaves: Sequence[Any], weight: Any, out: Any) -> Sequence[Any]:
             try:
                 return run(leaves, weight, out)
-            except Exception as failure:
-                failures.append(failure)
+            except BaseException as failure:
+                _forget_frames(failure)
+                failures.append((threading.get_ident(), failure))
                 raise
 
         return call
 
     return keeping_failures
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Drop tracebacks: their frames hold arrays in XLA's memory, which is freed while an error may be kept."""
+    while error is not None:
+        error.__traceback__ = None
+        _forget_frames(error.__cause__)
+        error = error.__context__

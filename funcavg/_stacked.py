@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from funcavg import _tree
+from funcavg._arrays import is_dtensor
 from funcavg._axis import average_over_axis
 from funcavg._buckets import device_memory, host_memory
 from funcavg._engine import move, reach_agreement
@@ -122,6 +123,8 @@ def _axes(layout: Layout, everything: Sequence[Any], axis: int) -> tuple[dict[in
         leaf = everything[i]
         if isinstance(leaf, (float, complex)):
             continue
+        if is_dtensor(leaf):
+            raise TypeError(f"average: stacked replicas cannot be a DTensor, which {layout.lines[i]} is")
         if not -leaf.ndim <= axis < leaf.ndim:
             raise ValueError(
                 f"average: group is stacked(axis={axis}), but {layout.lines[i]} has no such axis. Stack the replicas' "
@@ -195,10 +198,12 @@ def _torch_mean(leaf: Any, axis: int, weights: Sequence[float] | None) -> Any:
 
     wide = torch.complex128 if leaf.is_complex() else torch.float64
     rows = leaf.unbind(axis)
+    if not rows:
+        return leaf.clone()
     weights = weights or [1.0] * len(rows)
-    top = max(weights)  # scaled by it, nothing can overflow
-    total = sum(row.to(wide) * (weight / top) for row, weight in zip(rows, weights, strict=True) if weight)
-    mean = (total / sum(weight / top for weight in weights)).to(leaf.dtype)
+    scaled = [weight / max(weights) for weight in weights]
+    shares = [weight / sum(scaled) for weight in scaled]
+    mean = sum(row.to(wide) * share for row, share in zip(rows, shares, strict=True) if share).to(leaf.dtype)
     return torch.stack([mean] * len(rows), axis)
 
 
@@ -206,8 +211,8 @@ def _jax_mean(leaf: Any, axis: int, weights: Any) -> Any:
     """Return the mean as JAX's own collectives compute it, over an axis that has a name."""
     import jax
 
-    if weights is not None:
-        weights = jax.numpy.asarray(weights, float)
+    if isinstance(weights, list):  # lest they overflow in float32
+        weights = jax.numpy.asarray([weight / max(weights) for weight in weights], float)
     return jax.vmap(
         lambda row, weight: average_over_axis(row, AXIS_NAME, weight, None),
         in_axes=(axis, None if weights is None else 0),

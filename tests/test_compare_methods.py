@@ -36,7 +36,7 @@ def row(text, method):
 def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quick")
     files = ("--plot", folder / "methods.png", "--save", folder / "results.json")
-    return run("--steps", STEPS, "--seeds", 1, "--outer-period", 10, *files), folder
+    return run("--steps", STEPS, "--batch", 1, "--seeds", 1, "--outer-period", 10, *files), folder
 
 
 def test_the_table_has_every_methods_averagings_and_bytes(quick):
@@ -86,7 +86,7 @@ def test_the_goal_is_missed_in_a_few_steps_and_the_exit_code_says_so(quick):
 
 def test_some_methods_some_rates_and_two_workers(tmp_path):
     files = ("--plot", tmp_path / "methods.svg", "--save", tmp_path / "results.json")
-    some = ("--workers", 2, "--methods", "synchronous", "local SGD", "--steps", 8, "--seeds", 2)
+    some = ("--workers", 2, "--methods", "synchronous", "local SGD", "--steps", 8, "--batch", 1, "--seeds", 2)
     done = run(*some, "--rates", 1e-3, 1e-2, 1e9, *files)
     assert done.returncode == 0, done.stderr  # DiLoCo is not here to miss a goal
     tried = dict(re.findall(r"(?m)^synchronous, learning rate (\S+): validation loss (\S+)$", done.stdout))
@@ -107,6 +107,7 @@ def test_some_methods_some_rates_and_two_workers(tmp_path):
     ("arguments", "message"),
     [
         (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--batch", "0"], "--batch must be at least 1, got 0"),
         (["--seeds", "-1"], "--seeds must be at least 1, got -1"),
         (["--workers", "5"], "argument --workers: invalid choice: 5 (choose from 2, 3, 4)"),
         (["--methods", "gossip"], "argument --methods: invalid choice: 'gossip' (choose from"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import mpi
 import numpy as np
 import pytest
+import torch
 from processes import run_processes
 
 from funcavg import PeerLostError, TreeMismatchError, average, should_average, start_average
@@ -249,3 +250,122 @@ def test_other_releases_of_jax(monkeypatch):
     monkeypatch.delattr(callback, "emit_python_callback")
     with pytest.raises(RuntimeError, match=r"is tested with JAX 0\.10, and finds its way in .* no more"):
         _jax_private._private()
+
+
+def slow(x):
+    """Return something that JAX is still computing when it hands it over."""
+    rows = jnp.full((400, 400), x.sum() * 1e-6 + 1e-3)
+    return x + 0 * jax.lax.fori_loop(0, 60, lambda i, a: jnp.tanh(a @ a), rows)[0, 0]
+
+
+def with_inputs_still_being_computed(comm):
+    """One rank's inputs are late: its programs must not be overtaken, fail elsewhere, or call MPI from elsewhere."""
+    import threading
+
+    from funcavg import _points
+
+    threads, _points.reached = [], lambda *_: threads.append(threading.current_thread())
+    late = jax.jit(slow) if comm.rank == 0 else lambda x: x
+    step = jax.jit(lambda x: average(x, comm, timeout=20))  # the first call on the communicator, which duplicates it
+    result = step(late(jnp.full(3, float(comm.rank))))
+    assert comm.allreduce(comm.rank) == comm.size * (comm.size - 1) // 2
+    assert result.tolist() == [(comm.size - 1) / 2] * 3
+    pending = step(late(jnp.full(3, 100.0 + comm.rank)))
+    leaf = torch.full((3,), float(comm.rank), requires_grad=True)
+    assert average(leaf, comm, timeout=20).tolist() == [(comm.size - 1) / 2] * 3
+    assert pending.tolist() == [100 + (comm.size - 1) / 2] * 3
+    assert set(threads) == {threading.main_thread()}
+    ragged = jax.jit(lambda x: average({"w": x}, comm, timeout=20))
+    with pytest.raises(TreeMismatchError, match=r"params_tree\['w'\]: "):
+        ragged(late(jnp.ones(3 + comm.rank)))
+    return average(np.float64(comm.rank), comm, timeout=20).item()
+
+
+@pytest.mark.mpi
+def test_inputs_that_are_still_being_computed():
+    assert mpi.run_mpi(2, with_inputs_still_being_computed) == [0.5, 0.5]
+
+
+def test_more_ranks_than_cores_with_inputs_that_are_late():
+    def fn(group):
+        step, late = jax.jit(lambda x: average(x, group, timeout=20)), jax.jit(slow)
+        return [step(late(jnp.full(2, float(group.rank)))).tolist() for _ in range(2)]
+
+    assert run_ranks(4, fn, timeout=100) == [[[1.5, 1.5]] * 2] * 4
+
+
+def test_no_leaf_is_kept():
+    """Not by what JAX remembers of a derivative either."""
+    import gc
+    import weakref
+
+    def fn(group):
+        x = jnp.full(1000, float(group.rank))
+        jax.grad(lambda x: (average(x, group) ** 2).sum())(x)
+        jax.jit(lambda x: average(x, group))(x)
+        return weakref.ref(x)
+
+    kept = run_ranks(2, fn)
+    gc.collect()
+    assert [ref() for ref in kept] == [None, None]
+
+
+def test_one_ranks_mistake_is_everyones_in_compiled_programs_too():
+    def fn(group):
+        bad = group.rank == 1
+        with pytest.raises(TypeError, match=r"rank 1: torch tensors cannot be averaged inside JAX's transformations"):
+            jax.jit(lambda x: average({"x": x, "t": torch.ones(2) if bad else np.ones(2)}, group, timeout=20))(
+                jnp.ones(2)
+            )
+        weighted = jax.jit(lambda x, w: average(x, group, weight=w, timeout=20))
+        for weight in (jnp.ones(2), jnp.bool_(True)):
+            own = weight if bad else jnp.float32(1)
+            with pytest.raises(
+                TypeError, match=r"rank 1: weight must be a number, at least 0, got (float32\[2\]|bool)"
+            ):
+                weighted(jnp.ones(2), own)
+        return average(float(group.rank), group)
+
+    assert run_ranks(2, fn) == [0.5, 0.5]
+
+
+def test_interruptions_and_frames():
+    """Ctrl-C stays what it is, and no error holds arrays in memory of XLA's."""
+    from funcavg import _points
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def walk(traceback):
+        while traceback is not None:
+            yield traceback.tb_frame
+            traceback = traceback.tb_next
+
+    def fn(group):
+        with pytest.raises(TreeMismatchError) as caught:
+            jax.jit(lambda x: average(x, group))(jnp.ones(3 + group.rank))
+        assert not any(
+            "_jax_primitive" in frame.f_code.co_filename and "out" in frame.f_locals for frame in walk(caught.tb)
+        )
+        return True
+
+    assert run_ranks(2, fn) == [True, True]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(_points, "reached", interrupt)
+
+        def stop(group):
+            with pytest.raises((KeyboardInterrupt, PeerLostError)) as caught:
+                jax.jit(lambda x: average(x, group, timeout=5))(jnp.ones(3))
+            return caught.type
+
+        assert KeyboardInterrupt in run_ranks(2, stop)
+
+
+def test_a_traced_weight_keeps_its_precision():
+    def fn(group):
+        with jax.enable_x64(True):
+            x, weight = jnp.asarray([1.0, 2.0]) * (1 + group.rank), jnp.asarray(0.1 + group.rank)
+            compiled = jax.jit(lambda x, w: average(x, group, weight=w))(x, weight)
+            return np.asarray(compiled).tobytes() == np.asarray(average(x, group, weight=float(weight))).tobytes()
+
+    assert run_ranks(2, fn) == [True, True]

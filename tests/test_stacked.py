@@ -129,6 +129,8 @@ def test_under_jax():
             share = np.asarray(WEIGHTS if weight else [1.0] * 3) / np.sum(weight or 3)
             grad = jax.grad(lambda x, w=weight: (average(x, stacked(), weight=w) ** 2).sum())(x)
             np.testing.assert_allclose(grad, np.outer(share, 6 * mean), rtol=1e-5)
+        huge = jax.jit(lambda x: average(x, stacked(), weight=[1e39 * weight for weight in WEIGHTS]))(x)
+        np.testing.assert_allclose(huge, [mean] * 3, rtol=1e-5)
         traced = jax.jit(lambda x, w: average(x, stacked(-2), weight=w))(x, jnp.asarray(WEIGHTS))
         np.testing.assert_allclose(traced, [mean] * 3, rtol=1e-5)
 
