@@ -37,7 +37,6 @@ Run = dict[str, Any]  # what a training run leaves behind, for JSON
 SYNCHRONOUS, LOCAL, POST_LOCAL, HIERARCHICAL, DILOCO = METHODS = (
     "synchronous", "local SGD", "post-local SGD", "hierarchical SGD", "DiLoCo",
 )  # fmt: skip
-BATCH = 8  # windows of text in a step of a worker
 VALIDATION = 512  # windows
 EVERY = 60  # steps between validations
 LINKS = {"100 Mbit/s": 1e8, "10 Gbit/s": 1e10}  # bits in a second
@@ -83,7 +82,7 @@ def train(method: str, rate: float, seed: int, job: Job, args: argparse.Namespac
     counts.append(sent())
     for step in range(args.steps):
         before = everyone.bytes_sent
-        batch = sample(job.text, BATCH, seed=seed, rank=rank, step=step)
+        batch = sample(job.text, args.batch, seed=seed, rank=rank, step=step)
         grads, _ = grad_and_value(loss_fn)(inner["params"], batch)
         if step < warmup:  # during warm-up the gradients are averaged,
             grads = average(grads, donate=True)
@@ -91,9 +90,10 @@ def train(method: str, rate: float, seed: int, job: Job, args: argparse.Namespac
         rising, falling = min(1, 20 * (step + 1) / args.steps), 1 - step / args.steps
         inner = adam(inner, grads, rate * rising * falling, step)
         inner["params"], state = averager.update(inner["params"], state, donate=True)  # then whatever the method says
+        counts.append(sent())
         if step + 1 == args.steps and everyone.bytes_sent == before:  # the end lies within a period,
             inner["params"] = average(inner["params"], donate=True)  # and the model is the mean of the workers'
-        counts.append(sent())
+            counts.append(sent())
         if (step + 1) % EVERY == 0 or step + 1 == args.steps:
             curve.append((counts[-1] - counts[0], validate(inner["params"], job)))
         job.bar.update()
@@ -202,7 +202,8 @@ def parse_arguments() -> argparse.Namespace:
     """Read and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, choices=(2, 3, 4), default=4, help="how many to start (default: 4)")
-    parser.add_argument("--steps", type=int, default=1500, help="of each run (default: 1500)")
+    parser.add_argument("--steps", type=int, default=1200, help="of each run (default: 1200)")
+    parser.add_argument("--batch", type=int, default=8, help="windows of text in a step of a worker (default: 8)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default: 3)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="(default: all, hierarchical SGD for 4 workers)")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.01], help="learning rates to try (default: 0.01)")
@@ -217,7 +218,7 @@ def parse_arguments() -> argparse.Namespace:
     args.methods = list(dict.fromkeys(args.methods or possible))
     if HIERARCHICAL in args.methods and args.workers != 4:
         parser.error(f"{HIERARCHICAL} averages pairs and all, and needs --workers 4, got {args.workers}")
-    for name in ("steps", "seeds"):
+    for name in ("steps", "batch", "seeds"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     if not all(0 < rate < math.inf for rate in args.rates):
