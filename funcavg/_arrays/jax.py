@@ -19,10 +19,10 @@ from funcavg._arrays.numpy import NumpyArrays, is_averaged
 __all__ = ["JaxArrays", "JaxKeys", "JaxTracers"]
 
 ALIGNMENT = 64  # bytes: JAX adopts host memory that begins at a multiple of it
-ELSEWHERE = (
-    "that lies partly in other processes. Average it where it lives, by an axis name inside shard_map: "
-    "jax.jit(jax.shard_map(lambda x: funcavg.average(x, 'data'), mesh=mesh, in_specs=P('data'), out_specs=P('data')))"
-)
+ELSEWHERE = """that lies partly in other processes. Average it where it lives, by an axis name inside shard_map:
+    mesh, P = jax.make_mesh((jax.device_count(),), ("data",)), jax.P("data")
+    mean = jax.shard_map(lambda x: funcavg.average(x, "data"), mesh=mesh, in_specs=P, out_specs=P)
+    result = jax.jit(mean)(array)"""
 
 
 class JaxArrays(NumpyArrays):
