@@ -1,7 +1,9 @@
 """The comparison of methods: its table, its bytes, its verdict, and what it refuses."""
 
+import argparse
 import importlib.util
 import json
+import math
 import re
 import subprocess
 import sys
@@ -103,6 +105,42 @@ def test_some_methods_some_rates_and_two_workers(tmp_path):
     assert local[0]["loss"] != local[1]["loss"]
 
 
+@pytest.fixture
+def example(monkeypatch):
+    """Return the example, as a module."""
+    monkeypatch.syspath_prepend(EXAMPLE.parent)
+    spec = importlib.util.spec_from_file_location("compare_methods", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "compare_methods", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("losses", "sent", "verdict"),
+    [
+        ((1.5, 1.57), 9_000_000, "Goal met: DiLoCo's validation loss is 4.7 % above .* 50.0 times fewer"),
+        ((1.5, 1.48), 9_000_000, "Goal met: DiLoCo's validation loss is 1.3 % below .* 50.0 times fewer"),
+        ((1.5, 1.58), 9_000_000, "Goal missed: DiLoCo's validation loss is 5.3 % above .* 50.0 times fewer"),
+        ((1.5, 1.57), 9_100_000, "Goal missed: DiLoCo's validation loss is 4.7 % above .* 49.5 times fewer"),
+        ((math.inf, 1.57), 9_000_000, "At learning rate 0.5 the loss is infinite: synchronous. Try lower --rates."),
+    ],
+)
+def test_the_verdict(example, losses, sent, verdict, tmp_path, capsys):
+    arguments = {"methods": ["synchronous", "DiLoCo"], "workers": 4, "steps": 60, "seeds": 1}
+    runs = [
+        {"method": method, "rate": 0.5, "loss": loss, "averagings": 7, "sent": moved, "curve": [(moved, loss)]}
+        for method, loss, moved in zip(arguments["methods"], losses, (450_000_000, sent), strict=True)
+    ]
+    args = argparse.Namespace(**arguments, plot=tmp_path / "methods.png")
+    if "met" in verdict:
+        example.report({"tried": [], "runs": runs}, args)
+        assert re.search(verdict, capsys.readouterr().out)
+    else:
+        with pytest.raises(SystemExit, match=verdict):
+            example.report({"tried": [], "runs": runs}, args)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -123,14 +161,9 @@ def test_some_methods_some_rates_and_two_workers(tmp_path):
         (["--save", "/no/such/folder/results.json"], "--save: there is no folder /no/such/folder"),
     ],
 )
-def test_bad_arguments_are_refused_before_workers_start(arguments, message, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(EXAMPLE.parent)
-    spec = importlib.util.spec_from_file_location("compare_methods", EXAMPLE)
-    compare_methods = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "compare_methods", compare_methods)
-    spec.loader.exec_module(compare_methods)
+def test_bad_arguments_are_refused_before_workers_start(example, arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["compare_methods.py", *arguments])
     with pytest.raises(SystemExit, match="^2$"):
-        compare_methods.main()
+        example.main()
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert line.startswith(f"compare_methods.py: error: {message}")
