@@ -6,7 +6,7 @@ One exchange of fixed size tells every rank all it needs::
     flags            has a rank found a mistake of its own?
     weight           of this rank
     digest           of all that must be equal: paths, order, dtypes, shapes, the mask of `where`, options
-    layout           of what need not be equal, but helps when it is: ties, and which leaves lie on an accelerator
+    ties, places     what need not be equal, but helps when it is: ties, and which leaves lie on an accelerator
 
 Only if something is wrong, a second one carries the words: rank 0 and the first rank that differs (or the first that
 found a mistake) publish their texts, and every rank composes the same error out of them.
@@ -26,8 +26,8 @@ from funcavg.collectives.base import Collective
 
 __all__ = ["Agreement", "Claim", "agree", "digest"]
 
-MAGIC, VERSION = b"favg", 1
-HEADER = struct.Struct("<4sHHd16s16s")
+MAGIC, VERSION = b"favg", 2
+HEADER = struct.Struct("<4sHHd16s8s8s")
 HAS_ERROR, DONATES_TIES = 1, 2
 TEXT_BYTES = 64 << 10  # of a compressed text; more is cut off
 SHOWN = 5  # differences listed in an error
@@ -47,7 +47,8 @@ class Claim(NamedTuple):
 
     signature: bytes  # digest of `lines`
     lines: Sequence[str]  # "path: text" of every leaf, after one line of options
-    layout: bytes
+    ties: bytes  # digests, of which the first 8 bytes are sent
+    places: bytes
     weight: float = 1.0
     weighted: bool = False
     donates_ties: bool = False
@@ -58,7 +59,8 @@ class Agreement(NamedTuple):
     """What all ranks know afterwards."""
 
     weights: list[float] | None  # None: the plain mean
-    same_layout: bool
+    same_ties: bool
+    same_places: bool = True
 
 
 Gather = Callable[[bytes, float], list[bytes]]
@@ -70,7 +72,7 @@ def agree(collective: Collective, claim: Claim, timeout: float, gather: Gather |
     ``gather`` is a faster way than the collective's, if there is one.
     """
     flags = HAS_ERROR * (claim.error is not None) + DONATES_TIES * claim.donates_ties
-    payload = HEADER.pack(MAGIC, VERSION, flags, claim.weight, claim.signature, claim.layout)
+    payload = HEADER.pack(MAGIC, VERSION, flags, claim.weight, claim.signature, claim.ties, claim.places)
     payloads = (gather or collective.gather)(payload, timeout)
     if [len(head) for head in payloads] != [len(payload)] * collective.size:
         raise FuncavgError(
@@ -91,9 +93,8 @@ def agree(collective: Collective, claim: Claim, timeout: float, gather: Gather |
     different = [rank for rank, signature in enumerate(signatures) if signature != signatures[0]]
     if different:
         return TreeMismatchError(_describe_mismatch(collective, claim, different, timeout))
-    layouts = [head[5] for head in heads]
-    same_layout = len(set(layouts)) == 1
-    if not same_layout and any(head[2] & DONATES_TIES for head in heads):
+    same_ties, same_places = len({head[5] for head in heads}) == 1, len({head[6] for head in heads}) == 1
+    if not same_ties and any(head[2] & DONATES_TIES for head in heads):
         rank = next(rank for rank, head in enumerate(heads) if head[2] & DONATES_TIES)
         return ValueError(
             f"average: donate=True on rank {rank}, whose tree holds the same memory twice (tied leaves), where other "
@@ -103,7 +104,7 @@ def agree(collective: Collective, claim: Claim, timeout: float, gather: Gather |
     weights = [head[3] for head in heads] if claim.weighted else None
     if weights is not None and not any(weights):
         return ValueError(f"average: the weights of all {len(weights)} ranks are 0. {NOTHING_MOVED}")
-    return Agreement(weights, same_layout)
+    return Agreement(weights, same_ties, same_places)
 
 
 def _publish(collective: Collective, text: str, timeout: float) -> list[str]:

@@ -49,7 +49,7 @@ def move(
     layout = request.layout
     assert layout is not None
     leaves, families = request.leaves, layout.families
-    ties = request.ties if agreement.same_layout else {}
+    ties = request.ties if agreement.same_ties else {}
     carriers = list(leaves)
     for i in layout.special:
         carriers[i] = families[i].carrier(leaves[i])
@@ -134,7 +134,7 @@ def _lanes(
     """Yield the lanes that a request needs: leaves on an accelerator first, if the transport has a way for them."""
     layout = request.layout
     assert layout is not None
-    ties = request.ties if agreement.same_layout else {}
+    ties = request.ties if agreement.same_ties else {}
     kept = [i for i in range(len(layout.leaves)) if i not in ties]
     on_device = [i for i in kept if layout.leaves[i].device]
 
@@ -146,7 +146,7 @@ def _lanes(
 
         return session.remember(key, make)
 
-    if on_device and agreement.same_layout and layout.devices and hasattr(collective, "device_verbs"):
+    if on_device and agreement.same_places and layout.devices and hasattr(collective, "device_verbs"):
         (device,) = layout.devices
         verbs = collective.device_verbs(device.partition(":")[0])
         if verbs is not None:

@@ -100,7 +100,8 @@ def make_request(
     claim = Claim(
         digest([options, layout.signature.hex()]),
         [options, *layout.lines],
-        digest([repr(sorted(ties.items())), layout.on_device]),
+        digest([repr(sorted(ties.items()))]),
+        digest([layout.on_device]),
         number,
         weight is not None,
         donates_ties=donate and bool(ties),
@@ -111,7 +112,7 @@ def make_request(
 def failed_request(mistake: Exception) -> Request:
     """Return what a rank brings to agreement that cannot even describe what it was given."""
     _, spec = _tree.flatten(None)
-    return Request((), spec, None, Claim(bytes(16), (), bytes(16), error=mistake), {}, donate=False)
+    return Request((), spec, None, Claim(bytes(16), (), b"", b"", error=mistake), {}, donate=False)
 
 
 def _accepted(spec: _tree.Spec, where: Where) -> frozenset[int]:

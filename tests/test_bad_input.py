@@ -319,7 +319,7 @@ def test_another_version_of_the_protocol(monkeypatch):
         rank, size, bytes_sent = 0, 2, 0
 
         def gather(self, payload, timeout):
-            return [payload, _agree.HEADER.pack(b"favg", 0, 0, 1.0, bytes(16), bytes(16))]
+            return [payload, _agree.HEADER.pack(b"favg", 0, 0, 1.0, bytes(16), b"", b"")]
 
         def exchange(self, send, receive, timeout):
             raise AssertionError("moved")
@@ -327,7 +327,7 @@ def test_another_version_of_the_protocol(monkeypatch):
         share = exchange
 
     with pytest.raises(
-        FuncavgError, match=r"rank 1 speaks another version of the protocol \(b'favg' 0, here b'favg' 1\)"
+        FuncavgError, match=r"rank 1 speaks another version of the protocol \(b'favg' 0, here b'favg' 2\)"
     ):
         average(1.0, Old())
 

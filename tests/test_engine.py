@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from funcavg import PeerLostError, _buckets, _session, _tree, average
+from funcavg._agree import Agreement, Claim, agree
 from funcavg._engine import move, reach_agreement
 from funcavg._request import make_request
 from funcavg._session import session_of
@@ -22,6 +23,16 @@ class Late(Threads):
 
     def share(self, buffer, timeout):
         return lambda: super(Late, self).share(buffer, timeout)
+
+
+def test_ties_are_kept_where_only_places_differ():
+    def fn(group, differ):
+        claim = Claim(bytes(16), [], b"tied", b"placed", donates_ties=True)
+        return agree(group, claim._replace(**{differ: bytes([group.rank])}), 5.0)
+
+    assert run_ranks(2, lambda group: fn(group, "places")) == [Agreement(None, same_ties=True, same_places=False)] * 2
+    for refused in run_ranks(2, lambda group: fn(group, "ties")):
+        assert "whose tree holds the same memory twice" in str(refused)
 
 
 @pytest.fixture

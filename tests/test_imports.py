@@ -7,7 +7,7 @@ import sys
 import pytest
 
 FRAMEWORKS = {"torch", "jax", "mpi4py", "ml_dtypes"}
-BUDGET = 0.030  # seconds
+BUDGET = 0.030  # seconds, where NumPy and optree take five times as long; machines differ
 
 
 def python(code, **environ):
@@ -37,8 +37,17 @@ def test_the_check_would_notice():
 def test_import_takes_under_30_ms(tmp_path):
     # Processor time, and the best of several: the machine may be busy with other tests. From bytecode, as installed.
     environ = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
-    code = "import numpy, optree, time; t = time.process_time(); import funcavg; print(time.process_time() - t)"
-    assert min(float(python(code, **environ)[0]) for _ in range(7)) < BUDGET
+    code = (
+        "from time import process_time as now; start = now(); import numpy, optree; ready = now(); import funcavg\n"
+        "print(now() - ready, ready - start)"
+    )
+    ours, theirs = zip(*(map(float, python(code, **environ)[0].split()) for _ in range(7)), strict=True)
+    assert min(ours) < max(BUDGET, min(theirs) / 5)
+
+
+def test_import_needs_no_c_library():
+    out, _ = python("import ctypes, numpy, optree; ctypes.CDLL = None; import funcavg; print(funcavg.average(1.5))")
+    assert out == "1.5"
 
 
 @pytest.mark.parametrize("name", ["PeriodicModelAverager", "PostLocalSGDOptimizer"])

@@ -232,7 +232,7 @@ def _with_values(request: Request, anchor: Any, ties: dict[int, int]) -> Any:
     if _is_traced(request.everything) or _is_traced(values):  # XLA sees to the memory
         return request.rebuild(values)
     request, copying = request._replace(ties=ties), _Values(values)
-    return request.rebuild(move(request, Agreement(None, same_layout=True), copying, session_of(copying), math.inf))
+    return request.rebuild(move(request, Agreement(None, same_ties=True), copying, session_of(copying), math.inf))
 
 
 class _Values(Solo):

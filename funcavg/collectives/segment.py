@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
-import secrets
 import weakref
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,7 +35,7 @@ class Segment:
     """This rank's own shared memory: a header at first, then `grow` for the slots."""
 
     def __init__(self) -> None:
-        nonce = secrets.token_bytes(8)
+        nonce = os.urandom(8)
         self.descriptor = os.memfd_create(_name(nonce), os.MFD_CLOEXEC)
         self.address = Address(os.getpid(), self.descriptor, nonce)
         try:
@@ -64,7 +63,8 @@ def open_segment(address: Address) -> int | None:
     """Return a descriptor of a peer's segment, None if it cannot be reached or is not what it should be."""
     path = f"/proc/{address.pid}/fd/{address.descriptor}"
     try:
-        if not str(Path(path).readlink()).startswith(f"/memfd:{_name(address.nonce)}"):
+        # pathlib would be a sixth of what `import funcavg` takes
+        if not os.readlink(path).startswith(f"/memfd:{_name(address.nonce)}"):  # noqa: PTH115
             return None
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
@@ -92,20 +92,24 @@ def _name(nonce: bytes) -> str:
     return f"funcavg-{nonce.hex()}"
 
 
-_LIBC: Any = ctypes.CDLL(None, use_errno=True)
-_LIBC.mmap.restype = ctypes.c_void_p
-_LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-_LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+@functools.cache
+def _libc() -> Any:
+    """Return the C library: asked for by whoever maps memory, since Windows has none under this name."""
+    libc: Any = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return libc
 
 
 def _map(descriptor: int, nbytes: int) -> Buffer:
     """Map a file. (Python's own mmap would keep a descriptor of each mapping.) Unmapped with the last view of it."""
-    start = _LIBC.mmap(None, nbytes, PROT_READ_WRITE, MAP_SHARED, descriptor, 0)
+    start = _libc().mmap(None, nbytes, PROT_READ_WRITE, MAP_SHARED, descriptor, 0)
     if start in (None, ctypes.c_void_p(-1).value):
         number = ctypes.get_errno()
         raise OSError(number, f"mmap of {nbytes} bytes: {os.strerror(number)}")
-    _LIBC.madvise(start, nbytes, MADV_DONTFORK)  # a forked child, as of a DataLoader, has no part in it
+    _libc().madvise(start, nbytes, MADV_DONTFORK)  # a forked child, as of a DataLoader, has no part in it
     memory: Any = (ctypes.c_char * nbytes).from_address(start)
     weakref.finalize(memory, _unmap, start, nbytes, os.getpid()).atexit = False
     view: Buffer = np.frombuffer(memory, np.uint8)
@@ -114,4 +118,4 @@ def _map(descriptor: int, nbytes: int) -> Buffer:
 
 def _unmap(start: int, nbytes: int, pid: int) -> None:
     if os.getpid() == pid:  # in a forked child something else may lie there
-        _LIBC.munmap(start, nbytes)
+        _libc().munmap(start, nbytes)
