@@ -61,8 +61,8 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "outer":
-        return importlib.import_module("funcavg.outer")
+    if name in ("averagers", "outer"):
+        return importlib.import_module(f"funcavg.{name}")
     if name in _LATER:
         return getattr(importlib.import_module(_LATER[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -87,7 +87,7 @@ def average(
         ``u = 2⁻⁵³``; ``u = 2⁻²⁴`` on NCCL, which sums float32 in float32, and where means of several
         hosts' ranks cross between them.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from funcavg import average
         >>> from funcavg.testing import run_ranks
@@ -168,7 +168,7 @@ def start_average(
             requires grad while gradients are recorded. On this rank, at once. All that `average` raises on the word
             of other ranks is raised by ``wait``.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from funcavg import start_average
         >>> from funcavg.testing import run_ranks

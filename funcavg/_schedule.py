@@ -42,7 +42,7 @@ def should_average(step: Any, warmup: int, period: int) -> Any:
         TypeError: If an argument is no integer (``bool`` is none). On this rank only.
         ValueError: If ``period < 1`` or ``warmup < 0``. On this rank only.
 
-    Example:
+    Examples:
         >>> from funcavg import should_average
         >>> [step for step in range(20) if should_average(step, warmup=5, period=4)]
         [5, 9, 13, 17]

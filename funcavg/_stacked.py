@@ -53,7 +53,7 @@ def stacked(axis: int = 0) -> Stacked:
         TypeError: If ``axis`` is no integer. From `funcavg.average`, if a leaf or a weight is of no use.
         ValueError: From `funcavg.average`, if leaves have no such axis, or different numbers of replicas along it.
 
-    Example:
+    Examples:
         Two replicas take a step each, on data of their own, and meet:
 
         >>> import torch

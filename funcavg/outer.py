@@ -55,7 +55,7 @@ def sgd(lr: float, momentum: float = 0.0) -> Outer:
     Communication:
         None.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from funcavg import outer
         >>> optimizer = outer.sgd(lr=0.5, momentum=0.5)
@@ -92,7 +92,7 @@ def nesterov(lr: float, momentum: float) -> Outer:
     Communication:
         None.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from funcavg import outer
         >>> optimizer = outer.nesterov(lr=0.5, momentum=0.5)

@@ -97,7 +97,7 @@ class PeriodicModelAverager(ModelAverager, torch_averagers.PeriodicModelAverager
             torch.distributed is not initialised. On this rank.
         ValueError: If ``period < 1`` or ``warmup_steps < 0``. On this rank.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from funcavg import PeriodicModelAverager
         >>> from funcavg.testing import run_ranks
@@ -183,7 +183,7 @@ class HierarchicalModelAverager(ModelAverager, torch_hierarchical.HierarchicalMo
     Communication:
         Making one is collective: all ranks of the default group create the smaller groups together.
 
-    Example:
+    Examples:
         ```python
         # Pairs of neighbours average every 4 steps, all 16 ranks every 16.
         averager = HierarchicalModelAverager({4: 2, 16: 16}, warmup_steps=100)
@@ -246,7 +246,7 @@ class PostLocalSGDOptimizer(TorchPostLocalSGDOptimizer):
         Exception: ``step()`` raises what the averager's ``average_parameters`` raises, on the same ranks. The local
             step has been taken by then.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from funcavg import PeriodicModelAverager, PostLocalSGDOptimizer
         >>> from funcavg.testing import run_ranks

@@ -38,7 +38,7 @@ def run_ranks(n: int, fn: Callable[[Collective], T], *, timeout: float = 60.0) -
         TimeoutError: If some rank is still running after ``timeout`` seconds; the message shows where. Its thread is
             left behind as a daemon, since threads cannot be killed.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from funcavg import average
         >>> from funcavg.testing import run_ranks

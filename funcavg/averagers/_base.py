@@ -72,7 +72,7 @@ class Averager(NamedTuple):
 
     The state counts the steps and holds whatever else the method remembers. Whatever saves trees can save it.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> import funcavg
         >>> from funcavg.testing import run_ranks

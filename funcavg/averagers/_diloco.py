@@ -105,7 +105,7 @@ def diloco(
         The anchor and what ``outer`` keeps, in the parameters' dtypes; at a synchronisation the pseudo-gradient, the
         updates and the next of both besides. (Anchors of 16 bits lose updates smaller than their last digit.)
 
-    Example:
+    Examples:
         One worker minimises ``(w - 1)^2 / 2`` and the other ``(w - 3)^2 / 2``; together they find 2:
 
         >>> import numpy as np

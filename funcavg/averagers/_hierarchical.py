@@ -77,7 +77,7 @@ def hierarchical(
         Where ``levels`` holds numbers, calling this is collective: the ranks of ``group`` make the smaller groups
         together. ``init`` communicates nothing; ``update`` as one `funcavg.average` over the group of its level.
 
-    Example:
+    Examples:
         Pairs average every 2 steps, all four ranks every 4:
 
         >>> import numpy as np

@@ -58,7 +58,7 @@ def periodic(period: int, *, warmup: int = 0, group: Any = None, where: Where | 
     Communication:
         That of one `funcavg.average` every ``period`` steps, else none.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> import funcavg
         >>> from funcavg.testing import run_ranks

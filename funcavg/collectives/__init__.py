@@ -29,16 +29,11 @@ LAUNCHERS: list[Launcher] = [
 def as_collective(group: Any = None) -> Collective | None:
     """Return the `Collective` behind whatever can be passed as ``group``; None if this rank is not in it.
 
-    ==========================================  ===========================================================
-    ``group``                                   who takes part
-    ==========================================  ===========================================================
-    ``None``                                    torch.distributed's default group if it is initialised, else
-                                                ``MPI.COMM_WORLD`` if mpi4py's MPI has been imported and has
-                                                several ranks, else this process alone
-    ``ProcessGroup``, 1-D ``DeviceMesh``        the ranks of that torch group, whatever its backend
-    ``mpi4py.MPI.Comm``                         the ranks of that intracommunicator
-    a `Collective`                              its ranks
-    ==========================================  ===========================================================
+    - ``None``: torch.distributed's default group if it is initialised, else ``MPI.COMM_WORLD`` if mpi4py's MPI has been
+      imported and has several ranks, else this process alone.
+    - A torch ``ProcessGroup``, a 1-D ``DeviceMesh``: the ranks of that group, whatever its backend.
+    - An ``mpi4py.MPI.Comm``: the ranks of that intracommunicator.
+    - A `Collective`: its ranks.
 
     A rank outside the group (torch's ``NON_GROUP_MEMBER``, MPI's ``COMM_NULL``) gets None. The same torch group or
     communicator gives the same collective each time. Those of funcavg count the bytes that this rank has sent to
