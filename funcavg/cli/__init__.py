@@ -1,0 +1,49 @@
+"""The command line: ``funcavg bench`` and ``funcavg doctor``. What a user did wrong is one line, never a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+from funcavg import __version__
+from funcavg._errors import FuncavgError
+from funcavg.cli import bench, doctor
+from funcavg.cli.launch import CliError, rank_of
+
+__all__ = ["main"]
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a mistake, too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise CliError(f"{message} (`{self.prog} --help` shows what there is)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="funcavg", description="Measure averaging on this machine, and find out what works on it.")
+    parser.add_argument("--version", action="version", version=f"funcavg {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="bench | doctor")
+    bench.add_arguments(commands.add_parser("bench", help=bench.ABOUT, description=bench.ABOUT, epilog=bench.HOW))
+    doctor.add_arguments(commands.add_parser("doctor", help=doctor.ABOUT, description=doctor.ABOUT, epilog=doctor.HOW))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> int:
+    """Run a command and return its exit code: 0 for success."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    command = "funcavg"
+    try:
+        args = _parser().parse_args(argv, argparse.Namespace(argv=argv))
+        command = f"funcavg {args.command}"
+        return {"bench": bench.run, "doctor": doctor.run}[args.command](args)
+    except (CliError, FuncavgError) as error:
+        # In a job, every rank is here with the same words; a rank that alone lost a peer knows something of its own.
+        if rank_of(environ) == 0 or isinstance(error, FuncavgError):
+            print(f"{command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130

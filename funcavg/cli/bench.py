@@ -1,0 +1,258 @@
+"""``funcavg bench``: how long averaging a model takes here, and against what."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import funcavg
+from funcavg.cli import report, trees
+from funcavg.cli.checks import listening
+from funcavg.cli.launch import CliError, Job, agree, choose_backend, connect, has, need, start
+from funcavg.cli.rows import FLOOR, OURS, THEIRS, Row, make_rows, node_setting
+from funcavg.collectives import as_collective, launched_ranks
+
+__all__ = ["ABOUT", "HOW", "add_arguments", "run"]
+
+ABOUT = "Measure how long averaging a tree takes on these ranks, and against what."
+HOW = (
+    "Alone it starts two ranks on this machine. In a job it takes the job's ranks: `torchrun -m funcavg bench`, "
+    "`mpiexec -n 4 python -m mpi4py -m funcavg bench`. Rows take turns, so that a machine that slows down slows all of "
+    "them; times are from barrier to barrier. FUNCAVG_NODE=a or b, told to different ranks, keeps them apart as hosts."
+)
+WARM_UP = 2  # turns that are not counted
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.add_argument(
+        "--tree", default="resnet50", help=f"{', '.join(trees.NAMED)}, or a file: {', '.join(trees.READERS)}"
+    )
+    parser.add_argument("--ranks", type=int, default=2, help="ranks to start, where no launcher has (default: 2)")
+    parser.add_argument("--turns", type=int, default=15, help="turns that are counted (default: 15)")
+    parser.add_argument(
+        "--backend", choices=["torch", "mpi"], help="what connects the ranks (default: what started them)"
+    )
+    parser.add_argument(
+        "--leaves", choices=["torch", "numpy", "jax"], help="kind of arrays (default: torch if installed)"
+    )
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="where torch leaves are (default: cpu)"
+    )
+    parser.add_argument("--rows", nargs="+", metavar="WORD", help="only rows with one of these words in their name")
+    parser.add_argument("--json", action="store_true", help="print JSON, with the time of every turn")
+    parser.add_argument("--plot", metavar="FILE", help="draw the rows into a .png, .svg or .pdf")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return its exit code."""
+    if args.ranks < 1 or args.turns < 1:
+        raise CliError(f"--ranks and --turns must be at least 1, got {args.ranks} and {args.turns}")
+    args.leaves = args.leaves or ("torch" if has("torch") else "numpy")
+    if args.leaves != "numpy":
+        need(args.leaves, f"--leaves {args.leaves}")
+    if args.device != "cpu" and args.leaves != "torch":
+        raise CliError(f"--device {args.device} is for torch leaves, not for --leaves {args.leaves}")
+    if launched_ranks(os.environ) is not None:
+        measure(connect(choose_backend(args.backend, os.environ), args.device), args)
+        return 0
+    _check(args)
+    return start(choose_backend(args.backend, os.environ), args.ranks, measure, args)
+
+
+def _check(args: argparse.Namespace) -> trees.Spec:
+    """Read the tree, and raise CliError for what this machine cannot do, before anything takes time."""
+    report.check_plot(args.plot)
+    return trees.read(args.tree)
+
+
+def measure(job: Job, args: argparse.Namespace) -> None:
+    """Time all rows on the job's ranks; rank 0 prints."""
+    spec = agree(job, lambda: _check(args))
+    with ExitStack() as resources:
+        said = resources.enter_context(listening())
+        rows, notes = agree(job, lambda: make_rows(job, spec, args.leaves, args.device, resources))
+        if args.rows:
+            rows = [row for row in rows if row.name == FLOOR or any(word in row.name for word in args.rows)]
+        progress = resources.enter_context(_progress(args.turns, rows, shown=job.rank == 0))
+        extra = {}
+        for row in rows:
+            extra[row.name] = _first_call(job, row)
+            progress()
+        sent = {row.name: -_counted(row) for row in rows}
+        times = _in_turns(job, rows, args.turns, progress)
+        sent = {row.name: row.sends or (sent[row.name] + _counted(row)) // (WARM_UP + args.turns) for row in rows}
+        job.barrier()
+        job.close()
+    if job.rank != 0:
+        return
+    found = [
+        {
+            "name": row.name,
+            "median_ms": statistics.median(times[row.name]),
+            "quartiles_ms": _quartiles(times[row.name]),
+            "GB_per_s": spec.nbytes / 1e6 / statistics.median(times[row.name]),
+            "bytes_sent": sent[row.name],
+            "bytes_sent_is": "counted" if row.group is not None else "computed",
+            "extra_bytes": extra[row.name],
+            "turns_ms": times[row.name],
+        }
+        for row in rows
+    ]
+    result = {
+        "funcavg": funcavg.__version__,
+        "machine": f"{platform.system()} {platform.machine()}, {len(os.sched_getaffinity(0))} cores for this rank",
+        "tree": {"name": spec.name, "leaves": len(spec.leaves), "passing": spec.passing, "bytes": spec.nbytes},
+        "kind": args.leaves,
+        "device": args.device,
+        "ranks": job.size,
+        "library": job.library,
+        "turns": args.turns,
+        "node_stage": next(iter(said), "every rank moves its own bytes"),
+        "notes": notes,
+        "rows": found,
+        "sentence": sentence(spec.name, job.size, found),
+    }
+    print(json.dumps(result, indent=1) if args.json else text(result))
+    if args.plot:
+        report.plot(args.plot, title(result), found)
+
+
+def _first_call(job: Job, row: Row) -> int | None:
+    """Run a row for the first time; return by how much this process grew meanwhile, in bytes (None: not on Linux)."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier rows have freed would hide what this one takes
+    before: int | None = None
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew
+        before = _status("VmRSS")
+    job.barrier()
+    with node_setting(row.node):
+        row.run()
+    job.barrier()
+    return None if before is None else max(0, _status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    text = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(text.split(f"{field}:")[1].split()[0])
+
+
+def _counted(row: Row) -> int:
+    collective = as_collective(row.group) if row.group is not None else None
+    return int(getattr(collective, "bytes_sent", 0))
+
+
+def _in_turns(job: Job, rows: Sequence[Row], turns: int, progress: Any) -> dict[str, list[float]]:
+    """Time every row between barriers, once a turn. Return milliseconds."""
+    times: dict[str, list[float]] = {row.name: [] for row in rows}
+    for turn in range(WARM_UP + turns):
+        for row in rows:
+            job.barrier()
+            start = time.perf_counter()
+            row.run()
+            job.barrier()
+            if turn >= WARM_UP:
+                times[row.name].append(1e3 * (time.perf_counter() - start))
+            progress()
+    return times
+
+
+def _quartiles(values: Sequence[float]) -> list[float]:
+    if len(values) < 2:
+        return [*values, *values]
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return [first, third]
+
+
+@contextmanager
+def _progress(turns: int, rows: Sequence[Row], *, shown: bool) -> Iterator[Any]:
+    """Show a bar on a terminal, where tqdm is installed."""
+    total = (1 + WARM_UP + turns) * len(rows)
+    if not shown or not has("tqdm"):
+        yield lambda: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="call", leave=False, disable=None) as bar:
+        yield bar.update
+
+
+def title(result: dict[str, Any]) -> str:
+    """Return what was measured, where, in a line."""
+    tree = result["tree"]
+    what = f"{tree['name']}: {tree['leaves']} {result['kind']} leaves, {tree['bytes'] / 1e6:.3g} MB"
+    device = f" on {result['device']}" if result["device"] != "cpu" else ""
+    return f"{what}{device}; {result['ranks']} ranks, {result['library']}; medians of {result['turns']} turns"
+
+
+def text(result: dict[str, Any]) -> str:
+    """Return the report for people."""
+    medians = {row["name"]: row["median_ms"] for row in result["rows"]}
+
+    def ratio(row: dict[str, Any], base: str) -> str:
+        return f"{row['median_ms'] / medians[base]:.2f}" if base in medians else "–"
+
+    lines = [
+        [
+            row["name"],
+            f"{row['median_ms']:.1f}",
+            f"{row['quartiles_ms'][1] - row['quartiles_ms'][0]:.1f}",
+            f"{row['GB_per_s']:.2f}",
+            ratio(row, THEIRS),
+            ratio(row, FLOOR),
+            f"{row['bytes_sent'] / 1e6:.1f}",
+            "–" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:.0f}",
+        ]
+        for row in result["rows"]
+    ]
+    heading = ["", "ms", "spread", "GB/s", "/ torch's", "/ memcpy", "MB sent", "MB extra"]
+    passing = result["tree"]["passing"]
+    notes = [
+        *result["notes"],
+        *([f"{passing} leaves of the file are not averaged: they pass through"] if passing else []),
+    ]
+    return "\n".join(
+        [
+            title(result),
+            "",
+            report.table(heading, lines, "<" + ">" * 7),
+            "",
+            "ms: median, from barrier to barrier. spread: between the quartiles. GB/s: bytes of the tree per second.",
+            "MB sent, by each rank: funcavg's counted, through shared memory too; others' computed, for a ring.",
+            "MB extra: growth of rank 0 at its peak, in the first call.",
+            result["node_stage"],
+            *notes,
+            "",
+            result["sentence"],
+        ]
+    )
+
+
+def sentence(tree: str, ranks: int, rows: Sequence[dict[str, Any]]) -> str:
+    """Say in a sentence what the table shows of the fastest way of funcavg."""
+    medians = {row["name"]: row["median_ms"] for row in rows}
+    ours = {name: value for name, value in medians.items() if name.startswith("funcavg")}
+    if not ours:
+        return f"Nothing of funcavg was timed; a memcpy of {tree} takes {medians[FLOOR]:.1f} ms."
+    best = min(ours, key=ours.__getitem__)
+    against = [f"{ours[best] / medians[FLOOR]:.1f} times a memcpy"]
+    if THEIRS in medians:
+        factor = medians[THEIRS] / ours[best]
+        against.append(
+            f"{factor:.1f} times faster than {THEIRS}"
+            if factor >= 1
+            else f"{1 / factor:.1f} times slower than {THEIRS}"
+        )
+    usual = OURS if OURS in ours else next(iter(ours))
+    other = f"; {usual} takes {ours[usual]:.1f} ms" if best != usual else ""
+    return f"Averaging {tree} over {ranks} ranks takes {ours[best]:.1f} ms ({best}), {' and '.join(against)}{other}."

@@ -1,0 +1,303 @@
+"""The ranks of a command: those of the launcher that has started it, or two of its own."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from funcavg._errors import FuncavgError
+from funcavg.collectives import LAUNCHERS, as_collective, launched_ranks
+
+__all__ = ["CliError", "Job", "MPIJob", "TorchJob", "agree", "connect", "mpiexec", "rank_of", "start", "unlaunched"]
+
+INSTALL = {"torch": "pip install 'funcavg[torch]'", "mpi4py": "pip install 'funcavg[mpi]'", "jax": "pip install jax"}
+MPI_PROBE = "from mpi4py import MPI; print(MPI.Get_library_version())"
+SAID = 512  # bytes of what ranks tell each other about a failure
+
+
+class CliError(Exception):
+    """A mistake of the user, or of his machine: one line."""
+
+
+def has(library: str) -> bool:
+    """Say whether a library is installed, without importing it."""
+    return importlib.util.find_spec(library) is not None
+
+
+def need(library: str, what: str) -> None:
+    """Raise CliError if a library is not installed."""
+    if not has(library):
+        raise CliError(f"{what} needs {library}, which is not installed: {INSTALL[library]}")
+
+
+def rank_of(environ: Mapping[str, str]) -> int:
+    """Return this process's rank as its launcher tells, 0 if it is alone.
+
+    >>> rank_of({}), rank_of({"PMI_SIZE": "4", "PMI_RANK": "3"})
+    (0, 3)
+    """
+    return next((int(environ[row[1]]) for row in LAUNCHERS if launched_ranks(environ, [row])), 0)
+
+
+def unlaunched(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment without what launchers set: for processes that are a job of their own."""
+    theirs = ("OMPI_", "PMI", "PMIX", "MPI_", "HYDRA", "PRTE", "SLURM_", "TORCHELASTIC_")
+    torchs = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    return {name: value for name, value in environ.items() if not name.startswith(theirs) and name not in torchs}
+
+
+def choose_backend(asked: str | None, environ: Mapping[str, str]) -> str:
+    """Decide which library connects the ranks: "torch" or "mpi".
+
+    The launcher's, where there is one; srun may start either. Alone, torch if it is installed.
+
+    >>> choose_backend(None, {"WORLD_SIZE": "2", "RANK": "0"}), choose_backend("torch", {})
+    ('torch', 'torch')
+    >>> choose_backend(None, {"PMI_SIZE": "2", "PMI_RANK": "0"})
+    'mpi'
+    """
+    launched = launched_ranks(environ)
+    if asked is not None:
+        return asked
+    if launched is None or launched[1] == "srun":
+        first, second = ("torch", "mpi4py") if launched is None else ("mpi4py", "torch")
+        found = next((library for library in (first, second) if has(library)), None)
+        if found is None:
+            raise CliError(
+                f"ranks meet over torch.distributed or MPI, and neither torch nor mpi4py is installed: "
+                f"{INSTALL['torch']}, or {INSTALL['mpi4py']} mpich"
+            )
+        return "mpi" if found == "mpi4py" else "torch"
+    return "torch" if launched[1] == "torchrun" else "mpi"
+
+
+class Job:
+    """The ranks that a command runs on, over one library."""
+
+    rank: int
+    size: int
+    library: str  # as a table's title names it
+
+    def group(self) -> Any:
+        """Return a group of all ranks that has not met yet, so that `average` finds out anew who shares memory."""
+        raise NotImplementedError
+
+    def barrier(self) -> None:
+        """Wait for all ranks, and for their devices."""
+        raise NotImplementedError
+
+    def buffer(self, numel: int, dtype: str) -> Any:
+        """Return random numbers, in the kind of memory that the library's own all-reduce takes."""
+        raise NotImplementedError
+
+    def all_reduce(self, buffer: Any) -> None:
+        """Replace a buffer by its sum over ranks: the library's own way."""
+        raise NotImplementedError
+
+    def sums(self, dtype: str) -> bool:
+        """Say whether the library's own all-reduce knows a dtype."""
+        return True
+
+    def close(self) -> None:
+        """Take leave of torch.distributed, if it connects these ranks."""
+        if (dist := sys.modules.get("torch.distributed")) is not None and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class TorchJob(Job):
+    """Ranks of torch.distributed's default group."""
+
+    def __init__(self, device: str, init_method: str | None = None) -> None:
+        import torch
+        import torch.distributed as dist
+
+        launched, self._torch, self._dist = launched_ranks(os.environ), torch, dist
+        name = "gloo"
+        if device == "cuda":
+            local = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+            if local >= torch.cuda.device_count():
+                raise CliError(f"--device cuda: rank {local} of this host finds {torch.cuda.device_count()} GPU(s)")
+            torch.cuda.set_device(local)
+            name = "cpu:gloo,cuda:nccl"
+        self._device = device
+        if launched is not None and launched[1] != "torchrun" and "MASTER_PORT" not in os.environ:
+            raise CliError(
+                f"{launched[1]} has started {launched[0]} ranks, and torch.distributed needs MASTER_ADDR and "
+                f"MASTER_PORT to connect them: set both, or take torchrun"
+            )
+        dist.init_process_group(
+            name, init_method=init_method, rank=rank_of(os.environ), world_size=launched[0] if launched else 1
+        )
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.library = f"torch {torch.__version__} ({'NCCL' if device == 'cuda' else 'Gloo'})"
+
+    def group(self) -> Any:
+        return self._dist.new_group()
+
+    def barrier(self) -> None:
+        if self._device == "cuda":
+            self._torch.cuda.synchronize()
+        self._dist.barrier()
+
+    def buffer(self, numel: int, dtype: str) -> Any:
+        return self._torch.randn(numel, dtype=getattr(self._torch, dtype), device=self._device)
+
+    def all_reduce(self, buffer: Any) -> None:
+        self._dist.all_reduce(buffer)
+
+
+class MPIJob(Job):
+    """Ranks of MPI.COMM_WORLD."""
+
+    def __init__(self) -> None:
+        launched = launched_ranks(os.environ)
+        try:
+            from mpi4py import MPI
+        except (ImportError, RuntimeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise CliError(
+                f"mpi4py finds no MPI library ({reason}): load your site's, or on a machine without one, "
+                f"pip install mpich"
+            ) from None
+        self._mpi, self._world = MPI, MPI.COMM_WORLD
+        self.rank, self.size = self._world.rank, self._world.size
+        self.library = mpi_name(MPI.Get_library_version())
+        if launched is not None and launched[0] != self.size:
+            raise CliError(
+                f"{launched[1]} has started {launched[0]} ranks, but MPI.COMM_WORLD has {self.size}: the launcher is "
+                f"not that of mpi4py's library, {self.library}"
+            )
+
+    def group(self) -> Any:
+        return self._world.Dup()
+
+    def barrier(self) -> None:
+        self._world.Barrier()
+
+    def buffer(self, numel: int, dtype: str) -> Any:
+        return np.asarray(np.random.default_rng(0).standard_normal(numel, np.float32), dtype)
+
+    def all_reduce(self, buffer: Any) -> None:
+        self._world.Allreduce(self._mpi.IN_PLACE, buffer)
+
+    def sums(self, dtype: str) -> bool:
+        return dtype not in ("float16", "bfloat16")
+
+    def init_torch(self, unless_done: ExitStack) -> bool:
+        """Connect the same ranks over Gloo, for torch's averager; False if they are not all on one host."""
+        group = as_collective(self._world)
+        assert group is not None
+        folder = unless_done.enter_context(tempfile.TemporaryDirectory()) if self.rank == 0 else ""
+        told = json.dumps([socket.gethostname(), folder]).encode().ljust(SAID)
+        hosts, folders = zip(*(json.loads(answer) for answer in group.gather(told, 60)), strict=True)
+        if len(set(hosts)) > 1:
+            return False
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo", init_method=f"file://{folders[0]}/store", rank=self.rank, world_size=self.size)
+        return True
+
+
+def mpi_name(version: str) -> str:
+    """Return the short name of an MPI library.
+
+    >>> mpi_name("Open MPI v5.0.8, package: Open MPI conda@x Distribution"), mpi_name("MPICH Version:      4.3.1")
+    ('Open MPI v5.0.8', 'MPICH 4.3.1')
+    """
+    line = version.strip().partition("\n")[0].partition(",")[0]
+    return " ".join(line.replace("Version:", "").split())
+
+
+def connect(backend: str, device: str = "cpu") -> Job:
+    """Connect this rank to the others of its launcher's job."""
+    what = {"torch": "a job over torch.distributed", "mpi": "an MPI job"}[backend]
+    if (launched := launched_ranks(os.environ)) is not None:
+        what = f"{launched[1]} has started {launched[0]} ranks, and {what}"
+    need({"torch": "torch", "mpi": "mpi4py"}[backend], what)
+    return TorchJob(device) if backend == "torch" else MPIJob()
+
+
+def agree(job: Job, fn: Callable[[], Any]) -> Any:
+    """Return ``fn()``, or raise on all ranks what the first rank that cannot do it says."""
+    mine, failure = None, ""
+    try:
+        mine = fn()
+    except CliError as error:
+        failure = str(error)
+    group = as_collective(job.group())
+    assert group is not None
+    said = [answer.decode(errors="ignore").strip() for answer in group.gather(failure.encode()[:SAID].ljust(SAID), 60)]
+    for rank, text in enumerate(said):
+        if text:
+            raise CliError(text if all(said) else f"rank {rank} of {job.size}: {text}")
+    return mine
+
+
+class Ranks(NamedTuple):
+    """What local ranks are started with."""
+
+    main: Callable[[Job, Any], None]
+    args: Any
+    size: int
+    folder: str
+
+
+def _torch_rank(rank: int, ranks: Ranks) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks.size))
+    try:
+        job = TorchJob(ranks.args.device, f"file://{ranks.folder}/store")
+        ranks.main(job, ranks.args)
+    except (CliError, FuncavgError) as error:
+        if rank == 0 or isinstance(error, FuncavgError):
+            print(f"funcavg {ranks.args.command}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def start(backend: str, size: int, main: Callable[[Job, Any], None], args: Any) -> int:
+    """Start ranks on this host that run ``main(job, args)``; over MPI, the whole command. Return the exit code."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun sets it: ranks share the cores
+    if backend == "mpi":
+        command = [*mpiexec(os.environ), "-n", str(size), sys.executable, "-m", "mpi4py", "-m", "funcavg", *args.argv]
+        return subprocess.run(command, check=False, env=unlaunched(os.environ)).returncode
+    need("torch", "a job over torch.distributed")
+    from torch.multiprocessing.spawn import ProcessExitedException, spawn
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            spawn(_torch_rank, (Ranks(main, args, size, folder),), size)  # type: ignore[no-untyped-call]
+        except ProcessExitedException as error:
+            if error.exit_code != 2:  # 2: it has said why
+                raise CliError(f"rank {error.error_index} of {size} has died: {error}") from None
+            return 2
+    return 0
+
+
+def mpiexec(environ: Mapping[str, str]) -> list[str]:
+    """Return the command that starts MPI jobs here: ``$MPIEXEC``, else the one beside Python, else that in PATH."""
+    need("mpi4py", "an MPI job")
+    probe = subprocess.run(
+        [sys.executable, "-c", MPI_PROBE], capture_output=True, text=True, check=False, env=unlaunched(environ)
+    )
+    if probe.returncode:
+        reason = probe.stderr.strip().rpartition("\n")[2]
+        raise CliError(f"mpi4py finds no MPI library ({reason}): pip install mpich, or load your site's")
+    beside = Path(sys.executable).with_name("mpiexec")
+    found = environ.get("MPIEXEC") or (str(beside) if beside.exists() else shutil.which("mpiexec"))
+    if not found:
+        raise CliError(f"{mpi_name(probe.stdout)} is there, but no mpiexec; MPIEXEC can say where it is")
+    few_cores = ["--oversubscribe", *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]
+    return [*shlex.split(found), *(few_cores if "Open MPI" in probe.stdout else [])]

@@ -1,0 +1,165 @@
+"""What is averaged: a named tree, or the user's own file, of which only names, dtypes and shapes are read."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import optree
+
+from funcavg.cli.launch import CliError
+
+__all__ = ["NAMED", "Leaf", "Spec", "arrays", "read"]
+
+WIDTHS = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "complex64": 8, "complex128": 16}
+SAFETENSORS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64"}
+
+
+class Leaf(NamedTuple):
+    """One array of a tree."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Spec(NamedTuple):
+    """A tree: what is averaged of it, by name."""
+
+    name: str
+    leaves: dict[str, Leaf]
+    passing: int = 0  # leaves that are not averaged, such as integers
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all leaves that are averaged."""
+        return sum(WIDTHS[leaf.dtype] * math.prod(leaf.shape) for leaf in self.leaves.values())
+
+    def numel(self) -> dict[str, int]:
+        """Return the number of elements by dtype."""
+        total: dict[str, int] = {}
+        for leaf in self.leaves.values():
+            total[leaf.dtype] = total.get(leaf.dtype, 0) + math.prod(leaf.shape)
+        return total
+
+
+def _resnet50() -> list[tuple[int, ...]]:
+    """Return the shapes of ResNet-50's 161 parameters (25.6 million elements)."""
+    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7), (64,), (64,)]
+    width_in = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            out = 4 * width
+            shapes += [(width, width_in, 1, 1), (width,), (width,)]
+            shapes += [(width, width, 3, 3), (width,), (width,)]
+            shapes += [(out, width, 1, 1), (out,), (out,)]
+            if block == 0:
+                shapes += [(out, width_in, 1, 1), (out,), (out,)]
+            width_in = out
+    return [*shapes, (1000, 2048), (1000,)]
+
+
+def _gpt2() -> list[tuple[int, ...]]:
+    """Return the shapes of the 148 parameters of the smallest GPT-2 (124 million elements)."""
+    wide = 768
+    attention = [(wide, 3 * wide), (3 * wide,), (wide, wide), (wide,)]
+    feed_forward = [(wide, 4 * wide), (4 * wide,), (4 * wide, wide), (wide,)]
+    block = [(wide,), (wide,), *attention, (wide,), (wide,), *feed_forward]
+    return [(50257, wide), (1024, wide), *(block * 12), (wide,), (wide,)]
+
+
+NAMED: dict[str, Callable[[], list[tuple[int, ...]]]] = {
+    "resnet50": _resnet50,
+    "gpt2": _gpt2,
+    "thousand-small": lambda: [(256,)] * 1000,
+    "many-small": lambda: [(256,)] * 4000,
+}
+
+
+def read(tree: str) -> Spec:
+    """Return the tree of this name, or of this file."""
+    if tree in NAMED:
+        return Spec(tree, {f"p{i}": Leaf("float32", shape) for i, shape in enumerate(NAMED[tree]())})
+    path = Path(tree)
+    if path.suffix not in READERS:
+        raise CliError(f"no tree is called {tree!r}: take {', '.join(NAMED)}, or a file ({', '.join(READERS)})")
+    if not path.is_file():
+        raise CliError(f"{tree}: no such file")
+    library, reader = READERS[path.suffix]
+    if importlib.util.find_spec(library) is None:
+        raise CliError(f"{tree}: {path.suffix} files need {library}: pip install {library}")
+    try:
+        found = reader(path)
+    except Exception as error:  # whatever a library says of a file that it cannot read
+        reason = str(error).strip().partition("\n")[0]
+        raise CliError(f"{tree}: cannot be read as {path.suffix}: {type(error).__name__}: {reason}") from error
+    leaves = {name: leaf for name, leaf in found.items() if leaf.dtype in WIDTHS}
+    if not leaves:
+        dtypes = ", ".join(sorted({leaf.dtype for leaf in found.values()}))
+        raise CliError(f"{tree}: nothing in it is averaged; its {len(found)} leaves are of {dtypes or 'no kind'}")
+    return Spec(path.name, leaves, len(found) - len(leaves))
+
+
+def _safetensors(path: Path) -> dict[str, Leaf]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {
+            name: Leaf(SAFETENSORS.get(part.get_dtype(), part.get_dtype()), tuple(part.get_shape()))
+            for name, part in slices.items()
+        }
+
+
+def _npz(path: Path) -> dict[str, Leaf]:
+    with np.load(path, allow_pickle=False) as file:
+        return {name: Leaf(str(array.dtype.newbyteorder("=")), array.shape) for name, array in file.items()}
+
+
+def _pt(path: Path) -> dict[str, Leaf]:
+    import torch
+
+    held = torch.load(path, map_location="meta", weights_only=True)
+    paths, leaves, _ = optree.tree_flatten_with_path(held)
+    return {
+        ".".join(map(str, path)): Leaf(str(leaf.dtype).removeprefix("torch."), tuple(leaf.shape))
+        if isinstance(leaf, torch.Tensor)
+        else Leaf(type(leaf).__name__, ())
+        for path, leaf in zip(paths, leaves, strict=True)
+    }
+
+
+READERS: dict[str, tuple[str, Callable[[Path], dict[str, Leaf]]]] = {
+    ".safetensors": ("safetensors", _safetensors),
+    ".npz": ("numpy", _npz),
+    ".pt": ("torch", _pt),
+}
+
+
+def arrays(spec: Spec, kind: str, device: str = "cpu") -> dict[str, Any]:
+    """Make the tree of random numbers, of torch, NumPy or JAX."""
+    if kind == "torch":
+        import torch
+
+        return {
+            name: torch.randn(leaf.shape, dtype=getattr(torch, leaf.dtype), device=device)
+            for name, leaf in spec.leaves.items()
+        }
+    if "bfloat16" in spec.numel():
+        if importlib.util.find_spec("ml_dtypes") is None:
+            raise CliError("NumPy has no bfloat16 without ml_dtypes: pip install ml_dtypes, or take --leaves torch")
+        importlib.import_module("ml_dtypes")
+    draw = np.random.default_rng(0)
+    made = {
+        name: np.asarray(draw.standard_normal(leaf.shape, np.float32), leaf.dtype) for name, leaf in spec.leaves.items()
+    }
+    if kind == "numpy":
+        return made
+    import jax
+
+    if {"float64", "complex128"} & set(spec.numel()):
+        jax.config.update("jax_enable_x64", True)  # type: ignore[no-untyped-call]
+    return {name: jax.numpy.asarray(leaf) for name, leaf in made.items()}
