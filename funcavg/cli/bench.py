@@ -190,7 +190,9 @@ def _progress(turns: int, rows: Sequence[Row], *, shown: bool) -> Iterator[Any]:
 def title(result: dict[str, Any]) -> str:
     """Return what was measured, where, in a line."""
     tree = result["tree"]
-    what = f"{tree['name']}: {tree['leaves']} {result['kind']} leaves, {tree['bytes'] / 1e6:.3g} MB"
+    count, size = tree["leaves"], tree["bytes"]
+    amount = f"{size / 1e6:.3g} MB" if size >= 1e5 else f"{size} bytes"
+    what = f"{tree['name']}: {count} {result['kind']} {'leaf' if count == 1 else 'leaves'}, {amount}"
     device = f" on {result['device']}" if result["device"] != "cpu" else ""
     return f"{what}{device}; {result['ranks']} ranks, {result['library']}; medians of {result['turns']} turns"
 
@@ -205,8 +207,8 @@ def text(result: dict[str, Any]) -> str:
     lines = [
         [
             row["name"],
-            f"{row['median_ms']:.1f}",
-            f"{row['quartiles_ms'][1] - row['quartiles_ms'][0]:.1f}",
+            _ms(row["median_ms"]),
+            _ms(row["quartiles_ms"][1] - row["quartiles_ms"][0]),
             f"{row['GB_per_s']:.2f}",
             ratio(row, THEIRS),
             ratio(row, FLOOR),
@@ -219,7 +221,7 @@ def text(result: dict[str, Any]) -> str:
     passing = result["tree"]["passing"]
     notes = [
         *result["notes"],
-        *([f"{passing} leaves of the file are not averaged: they pass through"] if passing else []),
+        *([f"leaves of the file that are not averaged, but pass through: {passing}"] if passing else []),
     ]
     return "\n".join(
         [
@@ -238,12 +240,16 @@ def text(result: dict[str, Any]) -> str:
     )
 
 
+def _ms(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
 def sentence(tree: str, ranks: int, rows: Sequence[dict[str, Any]]) -> str:
     """Say in a sentence what the table shows of the fastest way of funcavg."""
     medians = {row["name"]: row["median_ms"] for row in rows}
     ours = {name: value for name, value in medians.items() if name.startswith("funcavg")}
     if not ours:
-        return f"Nothing of funcavg was timed; a memcpy of {tree} takes {medians[FLOOR]:.1f} ms."
+        return f"Nothing of funcavg was timed; a memcpy of {tree} takes {_ms(medians[FLOOR])} ms."
     best = min(ours, key=ours.__getitem__)
     against = [f"{ours[best] / medians[FLOOR]:.1f} times a memcpy"]
     if THEIRS in medians:
@@ -254,5 +260,5 @@ def sentence(tree: str, ranks: int, rows: Sequence[dict[str, Any]]) -> str:
             else f"{1 / factor:.1f} times slower than {THEIRS}"
         )
     usual = OURS if OURS in ours else next(iter(ours))
-    other = f"; {usual} takes {ours[usual]:.1f} ms" if best != usual else ""
-    return f"Averaging {tree} over {ranks} ranks takes {ours[best]:.1f} ms ({best}), {' and '.join(against)}{other}."
+    other = f"; {usual} takes {_ms(ours[usual])} ms" if best != usual else ""
+    return f"Averaging {tree} over {ranks} ranks takes {_ms(ours[best])} ms ({best}), {' and '.join(against)}{other}."

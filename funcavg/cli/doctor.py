@@ -244,6 +244,8 @@ def _verdict(findings: Sequence[Finding], asked: Sequence[str]) -> tuple[int, st
     """Return the exit code, and why."""
     if asked:
         bad = [finding.name for finding in findings if finding.what in asked and finding.state != OK]
-        return int(bool(bad)), f"Asked for {', '.join(asked)}: {f'no, for {chr(44).join(bad)}' if bad else 'works'}."
-    bad = [finding.name for finding in findings if finding.state == FAILED]
-    return int(bool(bad)), f"Does not work: {', '.join(bad)}." if bad else "All that is installed works."
+    else:
+        bad = [finding.name for finding in findings if finding.state == FAILED]
+    subject = "Of what was asked for" if asked else "Of what is installed"
+    verdict = f"this does not work: {'; '.join(bad)}" if bad else "all works"
+    return int(bool(bad)), f"{subject}, {verdict}."

@@ -274,8 +274,11 @@ def start(backend: str, size: int, main: Callable[[Job, Any], None], args: Any) 
         command = [*mpiexec(os.environ), "-n", str(size), sys.executable, "-m", "mpi4py", "-m", "funcavg", *args.argv]
         return subprocess.run(command, check=False, env=unlaunched(os.environ)).returncode
     need("torch", "a job over torch.distributed")
+    import torch
     from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
+    if args.device == "cuda" and torch.cuda.device_count() < size:
+        raise CliError(f"--device cuda: {size} ranks need {size} GPUs, and torch finds {torch.cuda.device_count()}")
     with tempfile.TemporaryDirectory() as folder:
         try:
             spawn(_torch_rank, (Ranks(main, args, size, folder),), size)  # type: ignore[no-untyped-call]

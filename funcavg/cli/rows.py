@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -118,7 +117,11 @@ def _in_jit(job: Job, tree: dict[str, Any], ring: int, notes: list[str]) -> list
         return lambda: jax.block_until_ready(jitted(tree))  # type: ignore[no-untyped-call]
 
     rows = [Row("funcavg in jit", compiled(lambda tree: funcavg.average(tree, group)), group)]
-    if isinstance(job, MPIJob) and importlib.util.find_spec("mpi4jax") is not None:
+    if not isinstance(job, MPIJob):
+        notes.append("mpi4jax's row needs an MPI job: --backend mpi")
+    elif not has("mpi4jax"):
+        notes.append("mpi4jax's row needs mpi4jax, which is not installed")
+    else:
         import mpi4jax
         from mpi4py import MPI
 
@@ -127,8 +130,6 @@ def _in_jit(job: Job, tree: dict[str, Any], ring: int, notes: list[str]) -> list
         rows.append(
             Row("mpi4jax.allreduce per leaf in jit", compiled(lambda tree: jax.tree.map(each, tree)), sends=ring)
         )
-    else:
-        notes.append("mpi4jax needs an MPI job, and to be installed")
     return rows
 
 

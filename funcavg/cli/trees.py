@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,8 +95,8 @@ def read(tree: str) -> Spec:
     try:
         found = reader(path)
     except Exception as error:  # whatever a library says of a file that it cannot read
-        reason = str(error).strip().partition("\n")[0]
-        raise CliError(f"{tree}: cannot be read as {path.suffix}: {type(error).__name__}: {reason}") from error
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise CliError(f"{tree}: cannot be read as {path.suffix}: {reason}") from error
     leaves = {name: leaf for name, leaf in found.items() if leaf.dtype in WIDTHS}
     if not leaves:
         dtypes = ", ".join(sorted({leaf.dtype for leaf in found.values()}))
@@ -115,6 +116,8 @@ def _safetensors(path: Path) -> dict[str, Leaf]:
 
 
 def _npz(path: Path) -> dict[str, Leaf]:
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is no zip archive")
     with np.load(path, allow_pickle=False) as file:
         return {name: Leaf(str(array.dtype.newbyteorder("=")), array.shape) for name, array in file.items()}
 
@@ -122,7 +125,13 @@ def _npz(path: Path) -> dict[str, Leaf]:
 def _pt(path: Path) -> dict[str, Leaf]:
     import torch
 
-    held = torch.load(path, map_location="meta", weights_only=True)
+    try:
+        held = torch.load(path, map_location="meta", weights_only=True)
+    except Exception as error:  # its own words are a page, and tell users to load the file unsafely
+        raise ValueError(
+            f"torch.load(weights_only=True) takes tensors in containers, such as a state_dict, and fails here with "
+            f"{type(error).__name__}"
+        ) from error
     paths, leaves, _ = optree.tree_flatten_with_path(held)
     return {
         ".".join(map(str, path)): Leaf(str(leaf.dtype).removeprefix("torch."), tuple(leaf.shape))
