@@ -6,11 +6,8 @@ import contextlib
 import faulthandler
 import functools
 import importlib
-import importlib.util
 import os
 import pickle
-import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,8 +20,10 @@ from typing import Any
 
 import pytest
 
+from funcavg.cli.launch import CliError, unlaunched
+from funcavg.cli.launch import mpiexec as find_mpiexec
+
 ROOT = Path(__file__).parent.parent
-LAUNCHERS = ("OMPI_", "PMI", "PMIX", "MPI_", "HYDRA", "PRTE", "SLURM_")  # their variables, were pytest in a job itself
 
 
 class JobFailed(AssertionError):
@@ -37,17 +36,10 @@ def launcher() -> list[str] | str:
 
     Found out in a process of its own: MPI must not be initialised in this one, which starts jobs.
     """
-    if importlib.util.find_spec("mpi4py") is None:
-        return "mpi4py is not installed"
-    code = "from mpi4py import MPI; print(MPI.Get_library_version())"
-    probe = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    if probe.returncode:
-        return f"mpi4py.MPI cannot be imported: {probe.stderr.strip().splitlines()[-1]}"
-    beside = Path(sys.executable).with_name("mpiexec")
-    found = os.environ.get("MPIEXEC") or (str(beside) if beside.exists() else shutil.which("mpiexec"))
-    if not found:
-        return "there is no mpiexec"
-    return [*shlex.split(found), *(["--allow-run-as-root", "--oversubscribe"] if "Open MPI" in probe.stdout else [])]
+    try:
+        return find_mpiexec(os.environ)
+    except CliError as reason:
+        return str(reason)
 
 
 def start(size: int, *args: Any, **environ: str) -> subprocess.Popen[str]:
@@ -56,14 +48,13 @@ def start(size: int, *args: Any, **environ: str) -> subprocess.Popen[str]:
     if isinstance(command, str):
         skip(command)
     ranks = [*command, "-n", str(size)] if size else []
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return subprocess.Popen(
         [*ranks, sys.executable, "-m", "mpi4py", *map(str, args)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=inherited | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environ,
+        env=unlaunched(os.environ) | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environ,
     )
 
 

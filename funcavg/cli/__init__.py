@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
@@ -44,6 +45,20 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.envi
         # In a job, every rank is here with the same words; a rank that alone lost a peer knows something of its own.
         if rank_of(environ) == 0 or isinstance(error, FuncavgError):
             print(f"{command}: {error}", file=sys.stderr)
+        if isinstance(error, FuncavgError):
+            _abort_mpi(2)
         return 2
     except KeyboardInterrupt:
         return 130
+    except Exception:
+        if "mpi4py.MPI" in sys.modules:
+            traceback.print_exc()
+            _abort_mpi(1)
+        raise
+
+
+def _abort_mpi(code: int) -> None:
+    """End the other ranks of an MPI job, which would wait for this one."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.COMM_WORLD.size > 1:
+        mpi.COMM_WORLD.Abort(code)

@@ -26,7 +26,7 @@ __all__ = ["ABOUT", "HOW", "add_arguments", "run"]
 ABOUT = "Measure how long averaging a tree takes on these ranks, and against what."
 HOW = (
     "Alone it starts two ranks on this machine. In a job it takes the job's ranks: `torchrun -m funcavg bench`, "
-    "`mpiexec -n 4 python -m mpi4py -m funcavg bench`. Rows take turns, so that a machine that slows down slows all of "
+    "`mpiexec -n 4 funcavg bench`. Rows take turns, so that a machine that slows down slows all of "
     "them; times are from barrier to barrier. FUNCAVG_NODE=a or b, told to different ranks, keeps them apart as hosts."
 )
 WARM_UP = 2  # turns that are not counted
@@ -79,14 +79,13 @@ def measure(job: Job, args: argparse.Namespace) -> None:
     """Time all rows on the job's ranks; rank 0 prints."""
     spec = agree(job, lambda: _check(args))
     with ExitStack() as resources:
-        said = resources.enter_context(listening())
         rows, notes = agree(job, lambda: make_rows(job, spec, args.leaves, args.device, resources))
         if args.rows:
             rows = [row for row in rows if row.name == FLOOR or any(word in row.name for word in args.rows)]
         progress = resources.enter_context(_progress(args.turns, rows, shown=job.rank == 0))
-        extra = {}
+        first = {}
         for row in rows:
-            extra[row.name] = _first_call(job, row)
+            first[row.name] = _first_call(job, row)
             progress()
         sent = {row.name: -_counted(row) for row in rows}
         times = _in_turns(job, rows, args.turns, progress)
@@ -103,7 +102,8 @@ def measure(job: Job, args: argparse.Namespace) -> None:
             "GB_per_s": spec.nbytes / 1e6 / statistics.median(times[row.name]),
             "bytes_sent": sent[row.name],
             "bytes_sent_is": "counted" if row.group is not None else "computed",
-            "extra_bytes": extra[row.name],
+            "extra_bytes": first[row.name][0],
+            "node_stage": first[row.name][1],
             "turns_ms": times[row.name],
         }
         for row in rows
@@ -117,7 +117,6 @@ def measure(job: Job, args: argparse.Namespace) -> None:
         "ranks": job.size,
         "library": job.library,
         "turns": args.turns,
-        "node_stage": next(iter(said), "every rank moves its own bytes"),
         "notes": notes,
         "rows": found,
         "sentence": sentence(spec.name, job.size, found),
@@ -127,8 +126,11 @@ def measure(job: Job, args: argparse.Namespace) -> None:
         report.plot(args.plot, title(result), found)
 
 
-def _first_call(job: Job, row: Row) -> int | None:
-    """Run a row for the first time; return by how much this process grew meanwhile, in bytes (None: not on Linux)."""
+def _first_call(job: Job, row: Row) -> tuple[int | None, str]:
+    """Run a row for the first time.
+
+    Return by how much this process grew meanwhile, in bytes (None: not on Linux), and what was logged of shared memory.
+    """
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)  # what earlier rows have freed would hide what this one takes
     before: int | None = None
@@ -136,10 +138,10 @@ def _first_call(job: Job, row: Row) -> int | None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew
         before = _status("VmRSS")
     job.barrier()
-    with node_setting(row.node):
+    with node_setting(row.node), listening() as said:
         row.run()
     job.barrier()
-    return None if before is None else max(0, _status("VmHWM") - before)
+    return None if before is None else max(0, _status("VmHWM") - before), "; ".join(said)
 
 
 def _status(field: str) -> int:
@@ -220,6 +222,7 @@ def text(result: dict[str, Any]) -> str:
     heading = ["", "ms", "spread", "GB/s", "/ torch's", "/ memcpy", "MB sent", "MB extra"]
     passing = result["tree"]["passing"]
     notes = [
+        *[row["node_stage"] for row in result["rows"] if row["node_stage"]][:1],
         *result["notes"],
         *([f"leaves of the file that are not averaged, but pass through: {passing}"] if passing else []),
     ]
@@ -232,7 +235,6 @@ def text(result: dict[str, Any]) -> str:
             "ms: median, from barrier to barrier. spread: between the quartiles. GB/s: bytes of the tree per second.",
             "MB sent, by each rank: funcavg's counted, through shared memory too; others' computed, for a ring.",
             "MB extra: growth of rank 0 at its peak, in the first call.",
-            result["node_stage"],
             *notes,
             "",
             result["sentence"],

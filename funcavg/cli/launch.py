@@ -54,7 +54,9 @@ def rank_of(environ: Mapping[str, str]) -> int:
 
 
 def unlaunched(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment without what launchers set: for processes that are a job of their own."""
+    """Return the environment of processes that are a job of their own: without what a launcher has set."""
+    if launched_ranks(environ) is None:
+        return dict(environ)  # what is set there, such as OMPI_MCA_btl_tcp_if_include, is the user's
     theirs = ("OMPI_", "PMI", "PMIX", "MPI_", "HYDRA", "PRTE", "SLURM_", "TORCHELASTIC_")
     torchs = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
     return {name: value for name, value in environ.items() if not name.startswith(theirs) and name not in torchs}
@@ -271,7 +273,7 @@ def start(backend: str, size: int, main: Callable[[Job, Any], None], args: Any) 
     """Start ranks on this host that run ``main(job, args)``; over MPI, the whole command. Return the exit code."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun sets it: ranks share the cores
     if backend == "mpi":
-        command = [*mpiexec(os.environ), "-n", str(size), sys.executable, "-m", "mpi4py", "-m", "funcavg", *args.argv]
+        command = [*mpiexec(os.environ), "-n", str(size), sys.executable, "-m", "funcavg", *args.argv]
         return subprocess.run(command, check=False, env=unlaunched(os.environ)).returncode
     need("torch", "a job over torch.distributed")
     import torch
