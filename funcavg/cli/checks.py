@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 import funcavg
+from funcavg.cli.launch import mpi_name
 from funcavg.collectives import as_collective
 from funcavg.collectives.gpu_aware import is_gpu_aware
 from funcavg.collectives.segment import Address, Segment, open_segment
@@ -142,9 +143,9 @@ def mpi_facts() -> dict[str, str]:
 
     levels = {MPI.THREAD_SINGLE: "single", MPI.THREAD_FUNNELED: "funneled", MPI.THREAD_SERIALIZED: "serialized"}
     aware = "takes GPU memory" if is_gpu_aware(_memory_kinds(), os.environ) else "does not say that it takes GPU memory"
-    library = MPI.Get_library_version().strip().partition("\n")[0].partition(",")[0]
+    library = mpi_name(MPI.Get_library_version())
     threads = levels.get(MPI.Query_thread(), "multiple")
-    return {"details": f"{mpi4py.__version__}; {' '.join(library.split())}; threads: {threads}; {aware}"}
+    return {"details": f"{mpi4py.__version__}; {library}; threads: {threads}; {aware}"}
 
 
 def _mpi_ranks() -> dict[str, str]:
