@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
-from funcavg.cli.launch import CliError, unlaunched
-from funcavg.cli.launch import mpiexec as find_mpiexec
+from funcavg.cli.environment import CliError, unlaunched
+from funcavg.cli.environment import mpiexec as find_mpiexec
 
 ROOT = Path(__file__).parent.parent
 

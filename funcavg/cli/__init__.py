@@ -12,7 +12,7 @@ from typing import NoReturn
 from funcavg import __version__
 from funcavg._errors import FuncavgError
 from funcavg.cli import bench, doctor
-from funcavg.cli.launch import CliError, rank_of
+from funcavg.cli.environment import CliError, rank_of
 
 __all__ = ["main"]
 

@@ -17,8 +17,9 @@ from typing import Any
 import funcavg
 from funcavg.cli import report, trees
 from funcavg.cli.checks import listening
-from funcavg.cli.launch import CliError, Job, agree, choose_backend, connect, has, need, start
-from funcavg.cli.rows import FLOOR, OURS, THEIRS, Row, make_rows, node_setting
+from funcavg.cli.environment import CliError, choose_backend, has, need
+from funcavg.cli.jobs import Job, agree, connect, start
+from funcavg.cli.rows import FLOOR, Row, make_rows, node_setting
 from funcavg.collectives import as_collective, launched_ranks
 
 __all__ = ["ABOUT", "HOW", "add_arguments", "run"]
@@ -119,11 +120,11 @@ def measure(job: Job, args: argparse.Namespace) -> None:
         "turns": args.turns,
         "notes": notes,
         "rows": found,
-        "sentence": sentence(spec.name, job.size, found),
+        "sentence": report.sentence(spec.name, job.size, found),
     }
-    print(json.dumps(result, indent=1) if args.json else text(result))
+    print(json.dumps(result, indent=1) if args.json else report.text(result))
     if args.plot:
-        report.plot(args.plot, title(result), found)
+        report.plot(args.plot, report.title(result), found)
 
 
 def _first_call(job: Job, row: Row) -> tuple[int | None, str]:
@@ -187,80 +188,3 @@ def _progress(turns: int, rows: Sequence[Row], *, shown: bool) -> Iterator[Any]:
 
     with tqdm(total=total, unit="call", leave=False, disable=None) as bar:
         yield bar.update
-
-
-def title(result: dict[str, Any]) -> str:
-    """Return what was measured, where, in a line."""
-    tree = result["tree"]
-    count, size = tree["leaves"], tree["bytes"]
-    amount = f"{size / 1e6:.3g} MB" if size >= 1e5 else f"{size} bytes"
-    what = f"{tree['name']}: {count} {result['kind']} {'leaf' if count == 1 else 'leaves'}, {amount}"
-    device = f" on {result['device']}" if result["device"] != "cpu" else ""
-    return f"{what}{device}; {result['ranks']} ranks, {result['library']}; medians of {result['turns']} turns"
-
-
-def text(result: dict[str, Any]) -> str:
-    """Return the report for people."""
-    medians = {row["name"]: row["median_ms"] for row in result["rows"]}
-
-    def ratio(row: dict[str, Any], base: str) -> str:
-        return f"{row['median_ms'] / medians[base]:.2f}" if base in medians else "–"
-
-    lines = [
-        [
-            row["name"],
-            _ms(row["median_ms"]),
-            _ms(row["quartiles_ms"][1] - row["quartiles_ms"][0]),
-            f"{row['GB_per_s']:.2f}",
-            ratio(row, THEIRS),
-            ratio(row, FLOOR),
-            f"{row['bytes_sent'] / 1e6:.1f}",
-            "–" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:.0f}",
-        ]
-        for row in result["rows"]
-    ]
-    heading = ["", "ms", "spread", "GB/s", "/ torch's", "/ memcpy", "MB sent", "MB extra"]
-    passing = result["tree"]["passing"]
-    notes = [
-        *[row["node_stage"] for row in result["rows"] if row["node_stage"]][:1],
-        *result["notes"],
-        *([f"leaves of the file that are not averaged, but pass through: {passing}"] if passing else []),
-    ]
-    return "\n".join(
-        [
-            title(result),
-            "",
-            report.table(heading, lines, "<" + ">" * 7),
-            "",
-            "ms: median, from barrier to barrier. spread: between the quartiles. GB/s: bytes of the tree per second.",
-            "MB sent, by each rank: funcavg's counted, through shared memory too; others' computed, for a ring.",
-            "MB extra: growth of rank 0 at its peak, in the first call.",
-            *notes,
-            "",
-            result["sentence"],
-        ]
-    )
-
-
-def _ms(value: float) -> str:
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
-
-
-def sentence(tree: str, ranks: int, rows: Sequence[dict[str, Any]]) -> str:
-    """Say in a sentence what the table shows of the fastest way of funcavg."""
-    medians = {row["name"]: row["median_ms"] for row in rows}
-    ours = {name: value for name, value in medians.items() if name.startswith("funcavg")}
-    if not ours:
-        return f"Nothing of funcavg was timed; a memcpy of {tree} takes {_ms(medians[FLOOR])} ms."
-    best = min(ours, key=ours.__getitem__)
-    against = [f"{ours[best] / medians[FLOOR]:.1f} times a memcpy"]
-    if THEIRS in medians:
-        factor = medians[THEIRS] / ours[best]
-        against.append(
-            f"{factor:.1f} times faster than {THEIRS}"
-            if factor >= 1
-            else f"{1 / factor:.1f} times slower than {THEIRS}"
-        )
-    usual = OURS if OURS in ours else next(iter(ours))
-    other = f"; {usual} takes {_ms(ours[usual])} ms" if best != usual else ""
-    return f"Averaging {tree} over {ranks} ranks takes {_ms(ours[best])} ms ({best}), {' and '.join(against)}{other}."

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 import funcavg
-from funcavg.cli.launch import mpi_name
+from funcavg.cli.environment import mpi_name
 from funcavg.collectives import as_collective
 from funcavg.collectives.gpu_aware import is_gpu_aware
 from funcavg.collectives.segment import Address, Segment, open_segment

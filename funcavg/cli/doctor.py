@@ -21,7 +21,8 @@ from typing import NamedTuple
 
 import funcavg
 from funcavg.cli import checks
-from funcavg.cli.launch import INSTALL, CliError, Job, MPIJob, agree, choose_backend, connect, has, mpiexec, unlaunched
+from funcavg.cli.environment import INSTALL, CliError, choose_backend, has, mpiexec, unlaunched
+from funcavg.cli.jobs import Job, MPIJob, agree, connect
 from funcavg.collectives import LAUNCHERS, launched_ranks
 
 __all__ = ["ABOUT", "HOW", "add_arguments", "run"]

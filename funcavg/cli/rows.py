@@ -10,7 +10,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import funcavg
-from funcavg.cli.launch import Job, MPIJob, has
+from funcavg.cli.environment import has
+from funcavg.cli.jobs import Job, MPIJob
 from funcavg.cli.trees import Spec, arrays
 
 __all__ = ["FLOOR", "OURS", "THEIRS", "Row", "make_rows"]

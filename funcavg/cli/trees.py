@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import optree
 
-from funcavg.cli.launch import CliError
+from funcavg.cli.environment import CliError
 
 __all__ = ["NAMED", "Leaf", "Spec", "arrays", "read"]
 

@@ -2,89 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import os
-import shlex
-import shutil
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from funcavg._errors import FuncavgError
-from funcavg.collectives import LAUNCHERS, as_collective, launched_ranks
+from funcavg.cli.environment import CliError, mpi_name, mpiexec, need, rank_of, unlaunched
+from funcavg.collectives import as_collective, launched_ranks
 
-__all__ = ["CliError", "Job", "MPIJob", "TorchJob", "agree", "connect", "mpiexec", "rank_of", "start", "unlaunched"]
+__all__ = ["Job", "MPIJob", "TorchJob", "agree", "connect", "start"]
 
-INSTALL = {"torch": "pip install 'funcavg[torch]'", "mpi4py": "pip install 'funcavg[mpi]'", "jax": "pip install jax"}
-MPI_PROBE = "from mpi4py import MPI; print(MPI.Get_library_version())"
 SAID = 512  # bytes of what ranks tell each other about a failure
-
-
-class CliError(Exception):
-    """A mistake of the user, or of his machine: one line."""
-
-
-def has(library: str) -> bool:
-    """Say whether a library is installed, without importing it."""
-    return importlib.util.find_spec(library) is not None
-
-
-def need(library: str, what: str) -> None:
-    """Raise CliError if a library is not installed."""
-    if not has(library):
-        raise CliError(f"{what} needs {library}, which is not installed: {INSTALL[library]}")
-
-
-def rank_of(environ: Mapping[str, str]) -> int:
-    """Return this process's rank as its launcher tells, 0 if it is alone.
-
-    >>> rank_of({}), rank_of({"PMI_SIZE": "4", "PMI_RANK": "3"})
-    (0, 3)
-    """
-    return next((int(environ[row[1]]) for row in LAUNCHERS if launched_ranks(environ, [row])), 0)
-
-
-def unlaunched(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of processes that are a job of their own: without what a launcher has set."""
-    if launched_ranks(environ) is None:
-        return dict(environ)  # what is set there, such as OMPI_MCA_btl_tcp_if_include, is the user's
-    theirs = ("OMPI_", "PMI", "PMIX", "MPI_", "HYDRA", "PRTE", "SLURM_", "TORCHELASTIC_")
-    torchs = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
-    return {name: value for name, value in environ.items() if not name.startswith(theirs) and name not in torchs}
-
-
-def choose_backend(asked: str | None, environ: Mapping[str, str]) -> str:
-    """Decide which library connects the ranks: "torch" or "mpi".
-
-    The launcher's, where there is one; srun may start either. Alone, torch if it is installed.
-
-    >>> choose_backend(None, {"WORLD_SIZE": "2", "RANK": "0"}), choose_backend("torch", {})
-    ('torch', 'torch')
-    >>> choose_backend(None, {"PMI_SIZE": "2", "PMI_RANK": "0"})
-    'mpi'
-    """
-    launched = launched_ranks(environ)
-    if asked is not None:
-        return asked
-    if launched is None or launched[1] == "srun":
-        first, second = ("torch", "mpi4py") if launched is None else ("mpi4py", "torch")
-        found = next((library for library in (first, second) if has(library)), None)
-        if found is None:
-            raise CliError(
-                f"ranks meet over torch.distributed or MPI, and neither torch nor mpi4py is installed: "
-                f"{INSTALL['torch']}, or {INSTALL['mpi4py']} mpich"
-            )
-        return "mpi" if found == "mpi4py" else "torch"
-    return "torch" if launched[1] == "torchrun" else "mpi"
 
 
 class Job:
@@ -214,16 +150,6 @@ class MPIJob(Job):
         return True
 
 
-def mpi_name(version: str) -> str:
-    """Return the short name of an MPI library.
-
-    >>> mpi_name("Open MPI v5.0.8, package: Open MPI conda@x Distribution"), mpi_name("MPICH Version:      4.3.1")
-    ('Open MPI v5.0.8', 'MPICH 4.3.1')
-    """
-    line = version.strip().partition("\n")[0].partition(",")[0]
-    return " ".join(line.replace("Version:", "").split())
-
-
 def connect(backend: str, device: str = "cpu") -> Job:
     """Connect this rank to the others of its launcher's job."""
     what = {"torch": "a job over torch.distributed", "mpi": "an MPI job"}[backend]
@@ -289,20 +215,3 @@ def start(backend: str, size: int, main: Callable[[Job, Any], None], args: Any) 
                 raise CliError(f"rank {error.error_index} of {size} has died: {error}") from None
             return 2
     return 0
-
-
-def mpiexec(environ: Mapping[str, str]) -> list[str]:
-    """Return the command that starts MPI jobs here: ``$MPIEXEC``, else the one beside Python, else that in PATH."""
-    need("mpi4py", "an MPI job")
-    probe = subprocess.run(
-        [sys.executable, "-c", MPI_PROBE], capture_output=True, text=True, check=False, env=unlaunched(environ)
-    )
-    if probe.returncode:
-        reason = probe.stderr.strip().rpartition("\n")[2]
-        raise CliError(f"mpi4py finds no MPI library ({reason}): pip install mpich, or load your site's")
-    beside = Path(sys.executable).with_name("mpiexec")
-    found = environ.get("MPIEXEC") or (str(beside) if beside.exists() else shutil.which("mpiexec"))
-    if not found:
-        raise CliError(f"{mpi_name(probe.stdout)} is there, but no mpiexec; MPIEXEC can say where it is")
-    few_cores = ["--oversubscribe", *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]
-    return [*shlex.split(found), *(few_cores if "Open MPI" in probe.stdout else [])]
