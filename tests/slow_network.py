@@ -1,0 +1,250 @@
+"""Two hosts on one machine, joined by a slow link: network namespaces, a veth pair, and tc's token bucket.
+
+As a script, run by root, it prints the table of the docs' performance page. ``FUNCAVG_NODE`` tells ranks which host
+they are on, so only those of one host meet in shared memory. Whatever goes to the other crosses the link, whose
+interfaces count it. Stores are files, which a cut link leaves alone.
+"""
+
+import contextlib
+import faulthandler
+import hashlib
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from funcavg import PeerLostError, average
+
+LINK = "slow0"  # the interface of either host
+COUNTER = f"/sys/class/net/{LINK}/statistics/tx_bytes"
+RATE = 200e6  # bit/s
+SIZES = [4_000_000, 3_000_000, 2_000_000, 990_000, 5000, 3000, 1500, 499, 1]  # of leaves, float32
+NBYTES = 4 * sum(SIZES)  # 40 MB
+TURNS = 5
+TIMEOUT = 4.0  # seconds, of the average whose link is cut
+LIMIT = 110  # seconds, after which a rank says where it is, and ends
+Ranks = list[subprocess.Popen[str]]
+# Rows of the table: ranks per host, and what they call.
+RAW = "1 | raw `dist.all_reduce` of one flat buffer"
+DONATED, FRESH = "1 | `average(tree, donate=True)`", "1 | `average(tree)`"
+RAW_OF_TWO, DONATED_OF_TWO = RAW.replace("1", "2"), DONATED.replace("1", "2")
+OFF = f"{DONATED_OF_TWO} without shared memory (`FUNCAVG_NODE=off`)"
+
+
+def run(command: str) -> str:
+    """Run a command; return its output. What it cannot do, this machine does not permit: an OSError."""
+    done = subprocess.run(command.split(), capture_output=True, text=True, check=False, timeout=10)
+    if done.returncode:
+        raise OSError(f"`{command}` failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+@contextlib.contextmanager
+def two_hosts() -> Iterator[list[str]]:
+    """Make two namespaces and their link; yield their names; delete them."""
+    hosts = [f"funcavg-{os.getpid()}-{letter}" for letter in "ab"]
+    # The bucket holds two of the largest segments that TCP hands down: 5 ms of the rate.
+    limit = f"tbf rate {RATE / 1e6:.0f}mbit burst 128kb latency 50ms"
+    try:
+        for host in hosts:
+            run(f"ip netns add {host}")
+        run(f"ip link add {LINK} netns {hosts[0]} type veth peer name {LINK} netns {hosts[1]}")
+        for number, host in enumerate(hosts, 1):
+            run(f"ip -n {host} address add 10.0.0.{number}/24 dev {LINK}")
+            run(f"ip -n {host} link set lo up")  # ranks of one host connect, too
+            run(f"ip -n {host} link set {LINK} up")
+            run(f"tc -n {host} qdisc add dev {LINK} root {limit}")
+        yield hosts
+    finally:
+        for host in hosts:
+            with contextlib.suppress(OSError):
+                run(f"ip netns delete {host}")
+
+
+@contextlib.contextmanager
+def ranks_on(hosts: Sequence[str], per_host: Sequence[int], *task: str) -> Iterator[tuple[Ranks, dist.Store]]:
+    """Start ranks that do a task; yield them, and the store in which they meet; kill them."""
+    places = [host for host, count in zip(hosts, per_host, strict=True) for _ in range(count)]
+    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    environ |= {"GLOO_SOCKET_IFNAME": LINK, "WORLD_SIZE": str(len(places))}
+    ranks: Ranks = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder, "store"))
+        try:
+            for rank, host in enumerate(places):
+                command = ["ip", "netns", "exec", host, sys.executable, __file__, path, *task]
+                own = {"FUNCAVG_NODE": host, "RANK": str(rank)}
+                ranks.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ | own))
+            yield ranks, dist.FileStore(path)
+        finally:
+            for process in ranks:
+                with process:  # closes the pipe, and waits
+                    process.kill()
+
+
+def wait_until(condition: Callable[[], bool], ranks: Ranks) -> None:
+    """Wait, unless a rank fails: each does after `LIMIT` at the latest."""
+    while not condition():
+        codes = [process.poll() for process in ranks]
+        assert not any(codes), f"exit codes of ranks: {codes}; what they say is on stderr"
+        time.sleep(0.005)
+
+
+def results(ranks: Ranks) -> list[Any]:
+    """Return what the ranks' tasks return."""
+    wait_until(lambda: None not in [process.poll() for process in ranks], ranks)
+    return [json.loads(process.communicate()[0]) for process in ranks]
+
+
+class Row(NamedTuple):
+    """One way to average 40 MB, as measured."""
+
+    seconds: float  # of the slowest rank; the median of all turns
+    sent: list[float]  # bytes, by either host over the link; medians, too
+    is_right: bool  # the mean, in the same bits on all ranks, in all turns
+
+
+def measure(hosts: Sequence[str], names: Sequence[str]) -> dict[str, Row]:
+    """Measure some rows, in turns in the same processes, two on each host."""
+    with ranks_on(hosts, [2, 2], "time_averages", *names) as (ranks, _):
+        outcomes = results(ranks)
+    rows = {}
+    for name in names:
+        members = [outcome[name] for outcome in outcomes if outcome[name]]  # each of them a list of turns
+        slowest = [max(turn["seconds"] for turn in same) for same in zip(*members, strict=True)]
+        sent = [statistics.median(turn["sent"] for turn in member) for member in (members[0], members[-1])]
+        every = [turn for member in members for turn in member]
+        is_right = all(turn["is_mean"] for turn in every) and len({turn["digest"] for turn in every}) == 1
+        rows[name] = Row(statistics.median(slowest), sent, is_right)
+    return rows
+
+
+def cut_and_mend(hosts: Sequence[str], per_host: Sequence[int]) -> tuple[float, list[dict[str, Any]]]:
+    """Cut the link during an average, and mend it when all ranks have noticed; return when, and what they found."""
+    with ranks_on(hosts, per_host, "lose_link") as (ranks, store):
+        wait_until(lambda: int(run(f"ip netns exec {hosts[0]} cat {COUNTER}")) > NBYTES / 4, ranks)
+        run(f"ip -n {hosts[0]} link set {LINK} down")
+        cut_at = time.monotonic()
+        wait_until(lambda: store.check([f"lost/{rank}" for rank in range(len(ranks))]), ranks)
+        run(f"ip -n {hosts[0]} link set {LINK} up")
+        store.set("mended", "")
+        return cut_at, results(ranks)
+
+
+# What ranks do. Their values repeat, so that means are soon known; buckets begin at other places of the period.
+
+
+def values_of(rank: int) -> torch.Tensor:
+    """Return the period of a rank's values."""
+    return torch.rand(10_000, generator=torch.Generator().manual_seed(rank))
+
+
+def tree_in(flat: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return a tree whose leaves lie in a flat buffer."""
+    return {f"leaf{i}": leaf for i, leaf in enumerate(flat.split(SIZES))}
+
+
+def judge(tree: dict[str, torch.Tensor], ranks: Sequence[int]) -> dict[str, Any]:
+    """Say whether leaves are the mean of ranks' values, up to the rounding of what crosses, and give their digest."""
+    flat = torch.cat(list(tree.values()))
+    mean = sum(values_of(rank).double() for rank in ranks) / len(ranks)
+    is_mean = torch.allclose(flat.view(-1, len(mean)), mean.float(), rtol=len(ranks) * 2**-23, atol=0)
+    return {"is_mean": is_mean, "digest": hashlib.blake2b(flat.numpy().data).hexdigest()}
+
+
+def time_averages(rank: int, _: dist.Store, *names: str) -> dict[str, list[dict[str, Any]]]:
+    """Return what each turn of some rows took and gave; no turns of rows that this rank has no part in."""
+    one, two = (0, 2), (0, 1, 2, 3)  # ranks on each host
+    pair, everyone, apart = dist.new_group(one), dist.new_group(two), dist.new_group(two)
+    for group in (pair, everyone):
+        average({"w": torch.ones(8)}, group)  # the first call finds the node
+    os.environ["FUNCAVG_NODE"] = "off"
+    average({"w": torch.ones(8)}, apart)
+    mine = values_of(rank).repeat(NBYTES // 40_000)
+    flat = torch.empty_like(mine)
+    all_reduce = lambda tree, group: dist.all_reduce(flat, group=group)
+    donate = lambda tree, group: average(tree, group, donate=True)
+    ways = {
+        RAW: (all_reduce, pair, one),
+        DONATED: (donate, pair, one),
+        FRESH: (average, pair, one),
+        RAW_OF_TWO: (all_reduce, everyone, two),
+        DONATED_OF_TWO: (donate, everyone, two),
+        OFF: (donate, apart, two),
+    }
+    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for turn, name in itertools.product(range(TURNS), names):
+        if rank == 0:
+            print(f"turn {turn + 1} of {TURNS}: {name}", file=sys.stderr)
+        way, group, members = ways[name]
+        flat.copy_(mine)
+        before = int(Path(COUNTER).read_text())
+        dist.barrier()
+        begin = time.perf_counter()
+        result = way(tree_in(flat), group) if rank in members else None
+        seconds = time.perf_counter() - begin
+        dist.barrier()
+        sent = int(Path(COUNTER).read_text()) - before
+        if rank in members:
+            result = result or tree_in(flat / len(members))  # an all-reduce returns nothing, and leaves sums
+            turns[name].append({"seconds": seconds, "sent": sent} | judge(result, members))
+    return turns
+
+
+def lose_link(rank: int, store: dist.Store) -> dict[str, Any]:
+    """Average while the link is cut, and when it is mended once more over a new group; return what came of it."""
+    ranks = range(dist.get_world_size())
+    params = tree_in(values_of(rank).repeat(NBYTES // 40_000))
+    before = judge(params, [rank])
+    average({"w": torch.ones(8)})  # the group is warm
+    error = ""
+    try:
+        average(params, timeout=TIMEOUT)
+    except PeerLostError as lost:
+        error = str(lost)
+    found = {"error": error, "lost_at": time.monotonic(), "unchanged": judge(params, [rank]) == before}
+    dist.destroy_process_group()
+    store.set(f"lost/{rank}", "")
+    store.wait(["mended"])
+    dist.init_process_group("gloo", store=dist.PrefixStore("again", store), rank=rank, world_size=len(ranks))
+    return found | judge(average(params), ranks)
+
+
+def work(path: str, task: str, *args: str) -> None:
+    """Be a rank."""
+    faulthandler.dump_traceback_later(LIMIT, exit=True)
+    tasks = {"time_averages": time_averages, "lose_link": lose_link}
+    try:
+        store, rank, size = dist.FileStore(path), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group("gloo", store=dist.PrefixStore("first", store), rank=rank, world_size=size)
+        print(json.dumps(tasks[task](rank, store, *args)), flush=True)
+        dist.barrier()  # nobody leaves while another still talks to it
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # torch's destructors could hang
+
+
+def main() -> None:
+    """Print the table."""
+    with two_hosts() as hosts:
+        rows = measure(hosts, [RAW, DONATED, FRESH, RAW_OF_TWO, DONATED_OF_TWO, OFF])
+    print("| ranks per host | how | seconds | × raw | MB each way | Mbit/s |\n|--:|---|--:|--:|--:|--:|")
+    for name, row in rows.items():
+        times, megabytes = row.seconds / rows[RAW].seconds, max(row.sent) / 1e6
+        print(f"| {name} | {row.seconds:.2f} | {times:.2f} | {megabytes:.1f} | {8 * megabytes / row.seconds:.0f} |")
+
+
+if __name__ == "__main__":
+    work(*sys.argv[1:]) if sys.argv[1:] else main()
