@@ -43,7 +43,7 @@ OFF = f"{DONATED_OF_TWO} without shared memory (`FUNCAVG_NODE=off`)"
 
 
 def run(command: str) -> str:
-    """Run a command; return its output. What it cannot do, this machine does not permit: an OSError."""
+    """Run a command; return its output, or raise an OSError that says what failed."""
     done = subprocess.run(command.split(), capture_output=True, text=True, check=False, timeout=10)
     if done.returncode:
         raise OSError(f"`{command}` failed: {done.stderr.strip()}")
@@ -169,7 +169,7 @@ def time_averages(rank: int, _: dist.Store, *names: str) -> dict[str, list[dict[
     pair, everyone, apart = dist.new_group(one), dist.new_group(two), dist.new_group(two)
     for group in (pair, everyone):
         average({"w": torch.ones(8)}, group)  # the first call finds the node
-    os.environ["FUNCAVG_NODE"] = "off"
+    os.environ["FUNCAVG_NODE"] = "off"  # for the next new group only
     average({"w": torch.ones(8)}, apart)
     mine = values_of(rank).repeat(NBYTES // 40_000)
     flat = torch.empty_like(mine)

@@ -223,9 +223,7 @@ def test_a_file_runs_no_code(tmp_path):
             return Path.touch, (tmp_path / "caught",)
 
     torch.save({"w": torch.ones(2), "trap": Trap()}, tmp_path / "trap.pt")
-    with pytest.raises(
-        environment.CliError, match=r"trap\.pt: cannot be read as \.pt: torch\.load"
-    ):
+    with pytest.raises(environment.CliError, match=r"trap\.pt: cannot be read as \.pt: torch\.load"):
         trees.read(str(tmp_path / "trap.pt"))
     assert not (tmp_path / "caught").exists()
 
