@@ -140,7 +140,7 @@ class Node:
             if late:
                 raise PeerLostError(
                     f"{self._me()} waited {patience.waited:.1f} s of {patience.timeout:g} s for rank(s) "
-                    f"{', '.join(late)} on this host."
+                    f"{', '.join(late)} on this host, or for what these were waiting for."
                 )
 
     def _me(self) -> str:
