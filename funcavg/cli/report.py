@@ -47,7 +47,7 @@ def plot(path: str, title: str, rows: Sequence[dict[str, Any]]) -> None:
     axes.margins(x=0.12)
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds: median, and the middle half of the turns")
-    axes.set_title(title, loc="left", fontsize="medium")
+    figure.suptitle(title, x=0.01, ha="left", fontsize="medium")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 

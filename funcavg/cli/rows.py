@@ -40,10 +40,10 @@ def make_rows(job: Job, spec: Spec, kind: str, device: str, resources: ExitStack
         notes.append(f"{THEIRS} needs torch, which is not installed")
     elif isinstance(job, MPIJob) and not job.init_torch(resources):
         notes.append(f"{THEIRS} needs a job over torch.distributed where ranks are on several hosts")
-    elif kind == "torch":
-        rows += _averagers(tree, ring)
     else:
-        rows += _averagers(arrays(spec, "torch"), ring)[:1]
+        if isinstance(job, MPIJob):
+            notes.append(f"{THEIRS} reaches the same ranks over Gloo")
+        rows += _averagers(tree, ring) if kind == "torch" else _averagers(arrays(spec, "torch"), ring)[:1]
     node: str | None
     for node, where in ((None, ""), ("off", ", FUNCAVG_NODE=off")):
         for donate in (False, True) if kind != "jax" else (False,):
