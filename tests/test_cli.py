@@ -119,7 +119,7 @@ def test_a_library_that_is_not_there_is_one_line(folder, capsys, monkeypatch, ar
         monkeypatch.setitem(sys.modules, library, None)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    assert main(args.split(), os.environ) == 2
+    assert main(args.split()) == 2
     output, errors = capsys.readouterr()
     assert output == ""
     assert says in errors
@@ -130,7 +130,7 @@ def test_one_rank_speaks_for_all(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     monkeypatch.setenv("PMI_SIZE", "2")
     monkeypatch.setenv("PMI_RANK", "1")
-    assert main(["bench"], os.environ) == 2
+    assert main(["bench"]) == 2
     assert capsys.readouterr() == ("", "")
 
 

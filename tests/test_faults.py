@@ -149,7 +149,7 @@ def test_faults_that_a_rank_survives(action, size, mode):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [3])  # two others than the one that fails: with two ranks nothing else can happen
 @pytest.mark.parametrize("action", TIMEOUTS)
 def test_faults_that_a_rank_survives_under_mpi(action, size, mode):
     timeout = min(TIMEOUTS[action], 1.0) if mode == "flat" and action != "sleep" else TIMEOUTS[action]

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 from funcavg import __version__
@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 for success."""
     argv = sys.argv[1:] if argv is None else list(argv)
     command = "funcavg"
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.envi
         return {"bench": bench.run, "doctor": doctor.run}[args.command](args)
     except (CliError, FuncavgError) as error:
         # In a job, every rank is here with the same words; a rank that alone lost a peer knows something of its own.
-        if rank_of(environ) == 0 or isinstance(error, FuncavgError):
+        if rank_of(os.environ) == 0 or isinstance(error, FuncavgError):
             print(f"{command}: {error}", file=sys.stderr)
         if isinstance(error, FuncavgError):
             _abort_mpi(2)

@@ -17,7 +17,7 @@ from typing import Any
 import funcavg
 from funcavg.cli import report, trees
 from funcavg.cli.checks import listening
-from funcavg.cli.environment import CliError, choose_backend, has, need
+from funcavg.cli.environment import CliError, choose_backend, cores, has, need
 from funcavg.cli.jobs import Job, agree, connect, start
 from funcavg.cli.rows import FLOOR, Row, make_rows, node_setting
 from funcavg.collectives import as_collective, launched_ranks
@@ -63,11 +63,14 @@ def run(args: argparse.Namespace) -> int:
         need(args.leaves, f"--leaves {args.leaves}")
     if args.device != "cpu" and args.leaves != "torch":
         raise CliError(f"--device {args.device} is for torch leaves, not for --leaves {args.leaves}")
+    backend = choose_backend(args.backend, os.environ)
+    if args.device != "cpu" and backend == "mpi":
+        raise CliError(f"--device {args.device} needs a job over torch.distributed: --backend torch, or torchrun")
     if launched_ranks(os.environ) is not None:
-        measure(connect(choose_backend(args.backend, os.environ), args.device), args)
+        measure(connect(backend, args.device), args)
         return 0
     _check(args)
-    return start(choose_backend(args.backend, os.environ), args.ranks, measure, args)
+    return start(backend, args.ranks, measure, args)
 
 
 def _check(args: argparse.Namespace) -> trees.Spec:
@@ -82,15 +85,18 @@ def measure(job: Job, args: argparse.Namespace) -> None:
     with ExitStack() as resources:
         rows, notes = agree(job, lambda: make_rows(job, spec, args.leaves, args.device, resources))
         if args.rows:
-            rows = [row for row in rows if row.name == FLOOR or any(word in row.name for word in args.rows)]
+            chosen = [row for row in rows if any(word in row.name for word in args.rows)]
+            if not chosen:
+                raise CliError(f"no row has one of {args.rows} in its name: {'; '.join(row.name for row in rows)}")
+            rows = [row for row in rows if row.name == FLOOR or row in chosen]
         progress = resources.enter_context(_progress(args.turns, rows, shown=job.rank == 0))
         first = {}
         for row in rows:
             first[row.name] = _first_call(job, row)
             progress()
-        sent = {row.name: -_counted(row) for row in rows}
+        before = {row.name: _counted(row) for row in rows}
         times = _in_turns(job, rows, args.turns, progress)
-        sent = {row.name: row.sends or (sent[row.name] + _counted(row)) // (WARM_UP + args.turns) for row in rows}
+        sent = {row.name: row.sends or (_counted(row) - before[row.name]) // (WARM_UP + args.turns) for row in rows}
         job.barrier()
         job.close()
     if job.rank != 0:
@@ -111,8 +117,8 @@ def measure(job: Job, args: argparse.Namespace) -> None:
     ]
     result = {
         "funcavg": funcavg.__version__,
-        "machine": f"{platform.system()} {platform.machine()}, {len(os.sched_getaffinity(0))} cores for this rank",
-        "tree": {"name": spec.name, "leaves": len(spec.leaves), "passing": spec.passing, "bytes": spec.nbytes},
+        "machine": _machine(),
+        "tree": {"name": spec.name, "leaves": len(spec.leaves), "left_out": spec.left_out, "bytes": spec.nbytes},
         "kind": args.leaves,
         "device": args.device,
         "ranks": job.size,
@@ -125,6 +131,11 @@ def measure(job: Job, args: argparse.Namespace) -> None:
     print(json.dumps(result, indent=1) if args.json else report.text(result))
     if args.plot:
         report.plot(args.plot, report.title(result), found)
+
+
+def _machine() -> str:
+    threads = os.environ.get("OMP_NUM_THREADS", "unset")
+    return f"{platform.system()} {platform.machine()}, {cores()} core(s) for rank 0, OMP_NUM_THREADS {threads}"
 
 
 def _first_call(job: Job, row: Row) -> tuple[int | None, str]:

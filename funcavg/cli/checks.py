@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 import funcavg
-from funcavg.cli.environment import mpi_name
+from funcavg.cli.environment import CliError, mpi_name
 from funcavg.collectives import as_collective
 from funcavg.collectives.gpu_aware import is_gpu_aware
 from funcavg.collectives.segment import Address, Segment, open_segment
@@ -60,7 +60,7 @@ def average_ranks(group: Any, timeout: float = 300.0) -> dict[str, str]:
     for name, expected in (("large", tree["large"] - rank + shift), ("small", np.full(3, shift))):
         if not np.array_equal(means[name], expected):
             worst = int(np.argmax(means[name] != expected))
-            raise AssertionError(
+            raise CliError(
                 f"rank {rank} of {size} got a wrong mean of {name!r}: element {worst} must be {expected[worst]}, "
                 f"and is {means[name][worst]}"
             )
@@ -74,12 +74,12 @@ def _threads() -> dict[str, str]:
     return run_ranks(2, average_ranks)[0]
 
 
-def _torch() -> dict[str, Any]:
+def _torch() -> dict[str, str]:
     import torch
     import torch.distributed as dist
 
     if not dist.is_available():
-        return {"details": f"{torch.__version__}, built without torch.distributed", "gpus": 0}
+        return {"absent": f"{torch.__version__} is built without torch.distributed"}
     backends = {"Gloo": dist.is_gloo_available(), "NCCL": dist.is_nccl_available(), "MPI": dist.is_mpi_available()}
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     have = ", ".join(name for name, there in backends.items() if there)
@@ -99,7 +99,7 @@ def _nccl(rank: int, size: int, folder: str) -> dict[str, str]:
     found = _over("cpu:gloo,cuda:nccl", rank, size, folder)
     mean = funcavg.average(torch.full((1000,), float(rank), device="cuda"))
     if not bool((mean == (size - 1) / 2).all()):
-        raise AssertionError(f"rank {rank} of {size} got a wrong mean: {mean[0].item()}")
+        raise CliError(f"rank {rank} of {size} got a wrong mean: {mean[0].item()}")
     return found
 
 
@@ -130,7 +130,7 @@ def _axis() -> dict[str, str]:
     mapped = jax.shard_map(lambda x: funcavg.average(x, "data"), mesh=mesh, in_specs=axis, out_specs=axis)
     means = jax.jit(mapped)(np.array([0, 1], np.float32))
     if means.tolist() != [0.5, 0.5]:
-        raise AssertionError(f"a wrong mean over an axis of two devices: {means.tolist()} must be [0.5, 0.5]")
+        raise CliError(f"a wrong mean over an axis of two devices: {means.tolist()} must be [0.5, 0.5]")
     return {"details": "an axis of 2 simulated devices averages, compiled"}
 
 

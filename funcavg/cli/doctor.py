@@ -20,9 +20,10 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import funcavg
+from funcavg._errors import FuncavgError
 from funcavg.cli import checks
-from funcavg.cli.environment import INSTALL, CliError, choose_backend, has, mpiexec, unlaunched
-from funcavg.cli.jobs import Job, MPIJob, agree, connect
+from funcavg.cli.environment import LIBRARIES, CliError, choose_backend, cores, has, mpiexec, rank_of, unlaunched
+from funcavg.cli.jobs import agree, connect
 from funcavg.collectives import LAUNCHERS, launched_ranks
 
 __all__ = ["ABOUT", "HOW", "add_arguments", "run"]
@@ -32,7 +33,7 @@ HOW = (
     "Exit code 0: all that you asked for works; if you ask for nothing, all that is installed. In a job (torchrun, "
     "mpiexec, srun) the job's own ranks are tried as well, and rank 0 reports."
 )
-WHATS = ("threads", "torch", "nccl", "jax", "mpi", "node")
+SUBJECTS = ("threads", "torch", "nccl", "jax", "mpi", "node")
 SETTINGS = (
     "FUNCAVG_NODE",
     "FUNCAVG_MPI_GPU",
@@ -45,12 +46,13 @@ SETTINGS = (
     "MPIEXEC",
 )
 OK, FAILED, ABSENT, NO = "ok", "failed", "absent", "no"
+JOB = "this job"
 
 
 class Trial(NamedTuple):
     """Something to try, in processes of its own."""
 
-    what: str  # one of WHATS that it decides
+    what: str  # one of SUBJECTS that it decides
     name: str
     check: str  # one of `checks.CHECKS`
     needs: str = "numpy"  # library
@@ -73,7 +75,7 @@ TRIALS = [
 class Finding(NamedTuple):
     """A row: whether something works."""
 
-    what: str  # one of WHATS that it decides, or "" for a fact
+    what: str  # one of SUBJECTS that it decides, or "" for a fact
     name: str
     state: str
     details: str
@@ -83,31 +85,25 @@ class Finding(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument("what", nargs="*", metavar="WHAT", help=f"what has to work: {', '.join(WHATS)}")
+    parser.add_argument("what", nargs="*", metavar="WHAT", help=f"what has to work: {', '.join(SUBJECTS)}")
     parser.add_argument("--timeout", type=float, default=10.0, help="seconds that each check may take (default: 10)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
-    if unknown := [what for what in args.what if what not in WHATS]:
-        raise CliError(f"nothing is called {unknown[0]!r}: {', '.join(WHATS)}")
+    if unknown := [what for what in args.what if what not in SUBJECTS]:
+        raise CliError(f"nothing is called {unknown[0]!r}: {', '.join(SUBJECTS)}")
     if not 1 <= args.timeout <= 3600:
         raise CliError(f"--timeout must be 1 to 3600 seconds, got {args.timeout:g}")
-    job = connect(choose_backend(None, os.environ)) if launched_ranks(os.environ) else None
-    findings = list(_facts())
-    if job is not None:
-        findings.append(_this_job(job, args.timeout))
-        job.close()
-        if job.rank != 0:
-            return 0
-    for finding in findings if not args.json else ():
-        _print(finding)
-    for finding in _try_all(args.what or WHATS, args.timeout, job, findings):
+    findings: list[Finding] = []
+    for finding in _find(args.what or SUBJECTS, args.timeout):
         findings.append(finding)
-        if not args.json:
+        if not args.json and rank_of(os.environ) == 0:
             _print(finding)
     code, verdict = _verdict(findings, args.what)
+    if rank_of(os.environ) != 0:
+        return code
     if args.json:
         rows = [finding._asdict() for finding in findings]
         verdict = json.dumps({"ok": code == 0, "verdict": verdict, "found": rows}, indent=1)
@@ -115,10 +111,21 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
+def _find(whats: Sequence[str], timeout: float) -> Iterator[Finding]:
+    """Yield what is found, as it is found. Of a job, rank 0 goes on alone when the job's own ranks have been tried."""
+    yield from _facts()
+    job = None
+    if launched_ranks(os.environ) is not None:
+        job = _this_job(timeout)
+        yield job
+        if rank_of(os.environ) != 0:
+            return
+    yield from _try_all(whats, timeout, job)
+
+
 def _facts() -> Iterator[Finding]:
     """Yield what needs no trying."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    python = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {cores} cores"
+    python = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {cores()} core(s)"
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("numpy", "optree")]
     yield Finding("", "funcavg", "", ", ".join([funcavg.__version__, *versions, python]))
     launched = launched_ranks(os.environ)
@@ -129,44 +136,43 @@ def _facts() -> Iterator[Finding]:
     yield Finding("", "environment", "", ", ".join(settings) or f"none of {', '.join(SETTINGS)}")
 
 
-def _this_job(job: Job, timeout: float) -> Finding:
-    """Average over the ranks of the job that this process is in."""
-    group, start = job.group(), time.perf_counter()
+def _this_job(timeout: float) -> Finding:
+    """Connect the ranks of the job that this process is in, and average over them."""
+    what, start = "", time.perf_counter()
+    try:
+        backend = choose_backend(None, os.environ)
+        what = "mpi" if backend == "mpi" else "torch"
+        job = connect(backend, timeout=timeout)
+        group = job.group()
+        found = agree(job, lambda: checks.average_ranks(group, timeout), timeout)
+        job.close()
+    except (CliError, FuncavgError) as error:
+        return Finding(what, JOB, FAILED, str(error), time.perf_counter() - start)
+    details = f"{job.library}: {found['details']}"
+    return Finding(what, JOB, OK, details, time.perf_counter() - start, found["node"])
 
-    def average() -> dict[str, str]:
-        try:
-            return checks.average_ranks(group, timeout)
-        except AssertionError as error:
-            raise CliError(str(error)) from None
 
-    found = agree(job, average)
-    what = "mpi" if isinstance(job, MPIJob) else "torch"
-    return Finding(
-        what, "this job", OK, f"{job.library}: {found['details']}", time.perf_counter() - start, found["node"]
-    )
-
-
-def _try_all(whats: Sequence[str], timeout: float, job: Job | None, before: Sequence[Finding]) -> Iterator[Finding]:
+def _try_all(whats: Sequence[str], timeout: float, job: Finding | None) -> Iterator[Finding]:
     """Try what was asked for, one after the other: together, they would slow each other."""
-    node = [finding.node for finding in before]
+    said = []
     for trial in TRIALS:
-        meets = trial.check in ("gloo", "mpi-ranks") and "node" in whats
+        meets = trial.check in ("gloo", "mpi-ranks") and "node" in whats and job is None
         if trial.what not in whats and not meets:
             continue
-        if isinstance(job, MPIJob) and trial.what == "mpi":  # MPI is running already, and cannot start jobs inside
-            if trial.check == "mpi":
+        if job is not None and job.what == "mpi" == trial.what and job.state == OK:
+            if trial.check == "mpi":  # MPI is running already, and cannot start jobs inside
                 yield Finding("mpi", trial.name, OK, checks.mpi_facts()["details"])
             continue
         yield (finding := _try(trial, timeout))
-        node.append(finding.node)
-    if "node" in whats:
-        yield _node_stage([text for text in node if text])
+        said.append(finding.node)
+    if "node" in whats:  # in a job, its own ranks decide
+        yield _node_stage([text for text in (said if job is None else [job.node]) if text])
 
 
 def _try(trial: Trial, timeout: float) -> Finding:
     """Try one thing, in new processes that end when their time is up."""
     if not has(trial.needs):
-        return Finding(trial.what, trial.name, ABSENT, f"not installed: {INSTALL[trial.needs]}")
+        return Finding(trial.what, trial.name, ABSENT, f"not installed: {LIBRARIES[trial.needs]}")
     start = time.perf_counter()
     environ = unlaunched(os.environ) | {"FUNCAVG_DOCTOR_ALARM": str(math.ceil(timeout))}
     environ.setdefault("OMP_NUM_THREADS", "1")
@@ -175,7 +181,7 @@ def _try(trial: Trial, timeout: float) -> Finding:
     with tempfile.TemporaryDirectory() as folder:
         try:
             if trial.start == "mpiexec":
-                commands = [[*mpiexec(os.environ), "-n", "2", *command]]
+                commands = [[*mpiexec(os.environ, timeout), "-n", "2", *command]]
             else:
                 commands = [[*command, str(rank), "2", folder] for rank in range(2)]
                 commands = commands if trial.start == "ranks" else [command]
@@ -227,7 +233,7 @@ def _run(commands: Sequence[Sequence[str]], environ: dict[str, str], timeout: fl
 def _node_stage(said: Sequence[str]) -> Finding:
     """Say whether ranks of this host meet in shared memory, and if not, why."""
     if not said:
-        return Finding("node", "node stage", ABSENT, "needs ranks that are processes: torch, or mpi4py with an mpiexec")
+        return Finding("node", "node stage", ABSENT, "needs ranks that are processes and can be connected")
     used = [text for text in said if " meets 0 " not in text]
     return Finding("node", "node stage", OK if used else NO, (used or list(said))[0])
 

@@ -13,10 +13,22 @@ from pathlib import Path
 
 from funcavg.collectives import LAUNCHERS, launched_ranks
 
-__all__ = ["INSTALL", "CliError", "choose_backend", "has", "mpi_name", "mpiexec", "need", "rank_of", "unlaunched"]
+__all__ = [
+    "LIBRARIES",
+    "CliError",
+    "choose_backend",
+    "cores",
+    "has",
+    "mpi_name",
+    "mpiexec",
+    "need",
+    "rank_of",
+    "unlaunched",
+]
 
-INSTALL = {"torch": "pip install 'funcavg[torch]'", "mpi4py": "pip install 'funcavg[mpi]'", "jax": "pip install jax"}
-MPI_PROBE = "from mpi4py import MPI; print(MPI.Get_library_version())"
+LIBRARIES = {"torch": "pip install torch", "mpi4py": "pip install mpi4py mpich", "jax": "pip install jax"}
+# Asking for its version does not need a library to be initialised, which may hang on a misconfigured network.
+MPI_PROBE = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
 
 
 class CliError(Exception):
@@ -31,7 +43,12 @@ def has(library: str) -> bool:
 def need(library: str, what: str) -> None:
     """Raise CliError if a library is not installed."""
     if not has(library):
-        raise CliError(f"{what} needs {library}, which is not installed: {INSTALL[library]}")
+        raise CliError(f"{what} needs {library}, which is not installed: {LIBRARIES[library]}")
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def rank_of(environ: Mapping[str, str]) -> int:
@@ -47,7 +64,7 @@ def unlaunched(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of processes that are a job of their own: without what a launcher has set."""
     if launched_ranks(environ) is None:
         return dict(environ)  # what is set there, such as OMPI_MCA_btl_tcp_if_include, is the user's
-    theirs = ("OMPI_", "PMI", "PMIX", "MPI_", "HYDRA", "PRTE", "SLURM_", "TORCHELASTIC_")
+    theirs = ("OMPI_", "PMI", "MPI_", "HYDRA", "PRTE", "SLURM_", "TORCHELASTIC_")
     torchs = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
     return {name: value for name, value in environ.items() if not name.startswith(theirs) and name not in torchs}
 
@@ -71,7 +88,7 @@ def choose_backend(asked: str | None, environ: Mapping[str, str]) -> str:
         if found is None:
             raise CliError(
                 f"ranks meet over torch.distributed or MPI, and neither torch nor mpi4py is installed: "
-                f"{INSTALL['torch']}, or {INSTALL['mpi4py']} mpich"
+                f"{LIBRARIES['torch']}, or {LIBRARIES['mpi4py']}"
             )
         return "mpi" if found == "mpi4py" else "torch"
     return "torch" if launched[1] == "torchrun" else "mpi"
@@ -87,12 +104,16 @@ def mpi_name(version: str) -> str:
     return " ".join(line.replace("Version:", "").split())
 
 
-def mpiexec(environ: Mapping[str, str]) -> list[str]:
+def mpiexec(environ: Mapping[str, str], timeout: float = 60.0) -> list[str]:
     """Return the command that starts MPI jobs here: ``$MPIEXEC``, else the one beside Python, else that in PATH."""
     need("mpi4py", "an MPI job")
-    probe = subprocess.run(
-        [sys.executable, "-c", MPI_PROBE], capture_output=True, text=True, check=False, env=unlaunched(environ)
-    )
+    command = [sys.executable, "-c", MPI_PROBE]
+    try:
+        probe = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=unlaunched(environ), timeout=timeout
+        )
+    except subprocess.TimeoutExpired:
+        raise CliError(f"mpi4py does not load its MPI library within {timeout:g} s") from None
     if probe.returncode:
         reason = probe.stderr.strip().rpartition("\n")[2]
         raise CliError(f"mpi4py finds no MPI library ({reason}): pip install mpich, or load your site's")

@@ -10,12 +10,12 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
+from datetime import timedelta
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from funcavg._errors import FuncavgError
 from funcavg.cli.environment import CliError, mpi_name, mpiexec, need, rank_of, unlaunched
+from funcavg.cli.trees import random_array
 from funcavg.collectives import as_collective, launched_ranks
 
 __all__ = ["Job", "MPIJob", "TorchJob", "agree", "connect", "start"]
@@ -59,7 +59,7 @@ class Job:
 class TorchJob(Job):
     """Ranks of torch.distributed's default group."""
 
-    def __init__(self, device: str, init_method: str | None = None) -> None:
+    def __init__(self, device: str, init_method: str | None = None, timeout: float = 300.0) -> None:
         import torch
         import torch.distributed as dist
 
@@ -77,9 +77,14 @@ class TorchJob(Job):
                 f"{launched[1]} has started {launched[0]} ranks, and torch.distributed needs MASTER_ADDR and "
                 f"MASTER_PORT to connect them: set both, or take torchrun"
             )
-        dist.init_process_group(
-            name, init_method=init_method, rank=rank_of(os.environ), world_size=launched[0] if launched else 1
-        )
+        rank, size = rank_of(os.environ), launched[0] if launched else 1
+        try:
+            dist.init_process_group(
+                name, init_method=init_method, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
+            )
+        except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
+            reason = str(error).strip().partition("\n")[0]
+            raise CliError(f"rank {rank} of {size} cannot connect to the others: {reason}") from error
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.library = f"torch {torch.__version__} ({'NCCL' if device == 'cuda' else 'Gloo'})"
 
@@ -127,7 +132,7 @@ class MPIJob(Job):
         self._world.Barrier()
 
     def buffer(self, numel: int, dtype: str) -> Any:
-        return np.asarray(np.random.default_rng(0).standard_normal(numel, np.float32), dtype)
+        return random_array(numel, dtype)
 
     def all_reduce(self, buffer: Any) -> None:
         self._world.Allreduce(self._mpi.IN_PLACE, buffer)
@@ -135,11 +140,11 @@ class MPIJob(Job):
     def sums(self, dtype: str) -> bool:
         return dtype not in ("float16", "bfloat16")
 
-    def init_torch(self, unless_done: ExitStack) -> bool:
+    def init_torch(self, resources: ExitStack) -> bool:
         """Connect the same ranks over Gloo, for torch's averager; False if they are not all on one host."""
         group = as_collective(self._world)
         assert group is not None
-        folder = unless_done.enter_context(tempfile.TemporaryDirectory()) if self.rank == 0 else ""
+        folder = resources.enter_context(tempfile.TemporaryDirectory()) if self.rank == 0 else ""
         told = json.dumps([socket.gethostname(), folder]).encode().ljust(SAID)
         hosts, folders = zip(*(json.loads(answer) for answer in group.gather(told, 60)), strict=True)
         if len(set(hosts)) > 1:
@@ -150,16 +155,16 @@ class MPIJob(Job):
         return True
 
 
-def connect(backend: str, device: str = "cpu") -> Job:
+def connect(backend: str, device: str = "cpu", timeout: float = 300.0) -> Job:
     """Connect this rank to the others of its launcher's job."""
     what = {"torch": "a job over torch.distributed", "mpi": "an MPI job"}[backend]
     if (launched := launched_ranks(os.environ)) is not None:
         what = f"{launched[1]} has started {launched[0]} ranks, and {what}"
     need({"torch": "torch", "mpi": "mpi4py"}[backend], what)
-    return TorchJob(device) if backend == "torch" else MPIJob()
+    return TorchJob(device, timeout=timeout) if backend == "torch" else MPIJob()
 
 
-def agree(job: Job, fn: Callable[[], Any]) -> Any:
+def agree(job: Job, fn: Callable[[], Any], timeout: float = 300.0) -> Any:
     """Return ``fn()``, or raise on all ranks what the first rank that cannot do it says."""
     mine, failure = None, ""
     try:
@@ -168,7 +173,9 @@ def agree(job: Job, fn: Callable[[], Any]) -> Any:
         failure = str(error)
     group = as_collective(job.group())
     assert group is not None
-    said = [answer.decode(errors="ignore").strip() for answer in group.gather(failure.encode()[:SAID].ljust(SAID), 60)]
+    said = [
+        answer.decode(errors="ignore").strip() for answer in group.gather(failure.encode()[:SAID].ljust(SAID), timeout)
+    ]
     for rank, text in enumerate(said):
         if text:
             raise CliError(text if all(said) else f"rank {rank} of {job.size}: {text}")

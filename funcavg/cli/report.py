@@ -74,7 +74,8 @@ def title(result: dict[str, Any]) -> str:
     amount = f"{size / 1e6:.3g} MB" if size >= 1e5 else f"{size} bytes"
     what = f"{tree['name']}: {count} {result['kind']} {'leaf' if count == 1 else 'leaves'}, {amount}"
     device = f" on {result['device']}" if result["device"] != "cpu" else ""
-    return f"{what}{device}; {result['ranks']} ranks, {result['library']}; medians of {result['turns']} turns"
+    ranks = "1 rank" if result["ranks"] == 1 else f"{result['ranks']} ranks"
+    return f"{what}{device}; {ranks}, {result['library']}; medians of {result['turns']} turns"
 
 
 def text(result: dict[str, Any]) -> str:
@@ -98,11 +99,11 @@ def text(result: dict[str, Any]) -> str:
         for row in result["rows"]
     ]
     heading = ["", "ms", "spread", "GB/s", "/ torch's", "/ memcpy", "MB sent", "MB extra"]
-    passing = result["tree"]["passing"]
+    left_out = result["tree"]["left_out"]
     notes = [
         *[row["node_stage"] for row in result["rows"] if row["node_stage"]][:1],
         *result["notes"],
-        *([f"leaves of the file that are not averaged, but pass through: {passing}"] if passing else []),
+        *([f"leaves of the file that are no arrays of floats, and left out: {left_out}"] if left_out else []),
     ]
     return "\n".join(
         [
@@ -114,6 +115,7 @@ def text(result: dict[str, Any]) -> str:
             "MB sent, by each rank: funcavg's counted, through shared memory too; others' computed, for a ring.",
             "MB extra: growth of rank 0 at its peak, in the first call.",
             *notes,
+            f"machine: {result['machine']}",
             "",
             result["sentence"],
         ]
@@ -125,20 +127,22 @@ def _ms(value: float) -> str:
 
 
 def sentence(tree: str, ranks: int, rows: Sequence[dict[str, Any]]) -> str:
-    """Say in a sentence what the table shows of the fastest way of funcavg."""
-    medians = {row["name"]: row["median_ms"] for row in rows}
-    ours = {name: value for name, value in medians.items() if name.startswith("funcavg")}
-    if not ours:
-        return f"Nothing of funcavg was timed; a memcpy of {tree} takes {_ms(medians[FLOOR])} ms."
-    best = min(ours, key=ours.__getitem__)
-    against = [f"{ours[best] / medians[FLOOR]:.1f} times a memcpy"]
-    if THEIRS in medians:
-        factor = medians[THEIRS] / ours[best]
-        against.append(
-            f"{factor:.1f} times faster than {THEIRS}"
-            if factor >= 1
-            else f"{1 / factor:.1f} times slower than {THEIRS}"
-        )
-    usual = OURS if OURS in ours else next(iter(ours))
-    other = f"; {usual} takes {_ms(ours[usual])} ms" if best != usual else ""
-    return f"Averaging {tree} over {ranks} ranks takes {_ms(ours[best])} ms ({best}), {' and '.join(against)}{other}."
+    """Say in a sentence what the table shows of averaging as a loop would do it: with donation, where there is any."""
+    byname = {row["name"]: row for row in rows}
+    ours = byname.get(OURS) or next((row for row in rows if row["name"].startswith("funcavg")), None)
+    floor = byname[FLOOR]["median_ms"]
+    if ours is None:
+        return f"Nothing of funcavg was timed; a memcpy of {tree} takes {_ms(floor)} ms."
+    against = f"{ours['median_ms'] / floor:.1f} times a memcpy"
+    if (theirs := byname.get(THEIRS)) is not None:
+        factor = theirs["median_ms"] / ours["median_ms"]
+        if max(ours["quartiles_ms"][0], theirs["quartiles_ms"][0]) <= min(
+            ours["quartiles_ms"][1], theirs["quartiles_ms"][1]
+        ):
+            against += f" and about as long as {THEIRS}"
+        elif factor > 1:
+            against += f" and {factor:.1f} times faster than {THEIRS}"
+        else:
+            against += f" and {1 / factor:.1f} times slower than {THEIRS}"
+    who = f"{ranks} rank{'s' if ranks != 1 else ''}"
+    return f"Averaging {tree} over {who} takes {_ms(ours['median_ms'])} ms ({ours['name']}), {against}."

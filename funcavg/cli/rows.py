@@ -33,11 +33,13 @@ class Row(NamedTuple):
 def make_rows(job: Job, spec: Spec, kind: str, device: str, resources: ExitStack) -> tuple[list[Row], list[str]]:
     """Return the rows that this job can run, and why others are missing."""
     notes: list[str] = []
-    rows = _baselines(job, spec, notes)
     ring = 2 * (job.size - 1) * spec.nbytes // job.size  # what each rank of a ring sends
+    rows = _baselines(job, spec, ring, notes)
     tree = arrays(spec, kind, device)
     if not has("torch"):
         notes.append(f"{THEIRS} needs torch, which is not installed")
+    elif any(dtype.startswith("complex") for dtype in spec.numel()):
+        notes.append(f"{THEIRS} drops imaginary parts, so it does not take part")
     elif isinstance(job, MPIJob) and not job.init_torch(resources):
         notes.append(f"{THEIRS} needs a job over torch.distributed where ranks are on several hosts")
     else:
@@ -55,11 +57,12 @@ def make_rows(job: Job, spec: Spec, kind: str, device: str, resources: ExitStack
     return rows, notes
 
 
-def _baselines(job: Job, spec: Spec, notes: list[str]) -> list[Row]:
+def _baselines(job: Job, spec: Spec, ring: int, notes: list[str]) -> list[Row]:
     """Rows that bound what can be had: a copy of the tree's bytes, and the library's own all-reduce."""
     flats = {dtype: job.buffer(numel, dtype) for dtype, numel in spec.numel().items()}
     targets = {dtype: job.buffer(numel, dtype) for dtype, numel in spec.numel().items()}
-    ring = 2 * (job.size - 1) * spec.nbytes // job.size
+    if len(flats) > 1:
+        notes.append(f"a flat buffer for each dtype: {', '.join(flats)}")
 
     def copy() -> None:
         for dtype, flat in flats.items():

@@ -14,7 +14,7 @@ import optree
 
 from funcavg.cli.environment import CliError
 
-__all__ = ["NAMED", "Leaf", "Spec", "arrays", "read"]
+__all__ = ["NAMED", "Leaf", "Spec", "arrays", "random_array", "read"]
 
 WIDTHS = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "complex64": 8, "complex128": 16}
 SAFETENSORS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64"}
@@ -32,7 +32,7 @@ class Spec(NamedTuple):
 
     name: str
     leaves: dict[str, Leaf]
-    passing: int = 0  # leaves that are not averaged, such as integers
+    left_out: int = 0  # leaves that are not averaged, such as integers
 
     @property
     def nbytes(self) -> int:
@@ -122,30 +122,47 @@ def _npz(path: Path) -> dict[str, Leaf]:
         return {name: Leaf(str(array.dtype.newbyteorder("=")), array.shape) for name, array in file.items()}
 
 
-def _pt(path: Path) -> dict[str, Leaf]:
+def _torch(path: Path) -> dict[str, Leaf]:
     import torch
 
     try:
-        held = torch.load(path, map_location="meta", weights_only=True)
+        # Mapped, so that values are not read, where the format allows it.
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # its own words are a page, and tell users to load the file unsafely
         raise ValueError(
             f"torch.load(weights_only=True) takes tensors in containers, such as a state_dict, and fails here with "
             f"{type(error).__name__}"
         ) from error
     paths, leaves, _ = optree.tree_flatten_with_path(held)
-    return {
-        ".".join(map(str, path)): Leaf(str(leaf.dtype).removeprefix("torch."), tuple(leaf.shape))
-        if isinstance(leaf, torch.Tensor)
-        else Leaf(type(leaf).__name__, ())
-        for path, leaf in zip(paths, leaves, strict=True)
-    }
+    found, seen = {}, set()
+    for names, leaf in zip(paths, leaves, strict=True):
+        kind = Leaf(type(leaf).__name__, ())
+        if isinstance(leaf, torch.Tensor):
+            kind = Leaf(str(leaf.dtype).removeprefix("torch."), tuple(leaf.shape))
+            place = (leaf.untyped_storage().data_ptr(), leaf.storage_offset(), leaf.dtype, leaf.shape, leaf.stride())
+            if leaf.numel() and place in seen:  # tied, and averaged once
+                continue
+            seen.add(place)
+        found[".".join(map(str, names))] = kind
+    return found
 
 
 READERS: dict[str, tuple[str, Callable[[Path], dict[str, Leaf]]]] = {
     ".safetensors": ("safetensors", _safetensors),
     ".npz": ("numpy", _npz),
-    ".pt": ("torch", _pt),
+    ".pt": ("torch", _torch),
+    ".pth": ("torch", _torch),
+    ".bin": ("torch", _torch),
 }
+
+
+def random_array(shape: int | tuple[int, ...], dtype: str) -> Any:
+    """Make a NumPy array of random numbers."""
+    if dtype == "bfloat16":
+        if importlib.util.find_spec("ml_dtypes") is None:
+            raise CliError("NumPy has no bfloat16 without ml_dtypes: pip install ml_dtypes")
+        importlib.import_module("ml_dtypes")
+    return np.asarray(np.random.default_rng(0).standard_normal(shape, np.float32), dtype)
 
 
 def arrays(spec: Spec, kind: str, device: str = "cpu") -> dict[str, Any]:
@@ -157,14 +174,7 @@ def arrays(spec: Spec, kind: str, device: str = "cpu") -> dict[str, Any]:
             name: torch.randn(leaf.shape, dtype=getattr(torch, leaf.dtype), device=device)
             for name, leaf in spec.leaves.items()
         }
-    if "bfloat16" in spec.numel():
-        if importlib.util.find_spec("ml_dtypes") is None:
-            raise CliError("NumPy has no bfloat16 without ml_dtypes: pip install ml_dtypes, or take --leaves torch")
-        importlib.import_module("ml_dtypes")
-    draw = np.random.default_rng(0)
-    made = {
-        name: np.asarray(draw.standard_normal(leaf.shape, np.float32), leaf.dtype) for name, leaf in spec.leaves.items()
-    }
+    made = {name: random_array(leaf.shape, leaf.dtype) for name, leaf in spec.leaves.items()}
     if kind == "numpy":
         return made
     import jax
