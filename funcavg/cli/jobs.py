@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -214,6 +215,7 @@ def start(backend: str, size: int, main: Callable[[Job, Any], None], args: Any) 
 
     if args.device == "cuda" and torch.cuda.device_count() < size:
         raise CliError(f"--device cuda: {size} ranks need {size} GPUs, and torch finds {torch.cuda.device_count()}")
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # that it ends the other ranks is no news
     with tempfile.TemporaryDirectory() as folder:
         try:
             spawn(_torch_rank, (Ranks(main, args, size, folder),), size)  # type: ignore[no-untyped-call]

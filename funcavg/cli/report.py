@@ -74,8 +74,8 @@ def title(result: dict[str, Any]) -> str:
     amount = f"{size / 1e6:.3g} MB" if size >= 1e5 else f"{size} bytes"
     what = f"{tree['name']}: {count} {result['kind']} {'leaf' if count == 1 else 'leaves'}, {amount}"
     device = f" on {result['device']}" if result["device"] != "cpu" else ""
-    ranks = "1 rank" if result["ranks"] == 1 else f"{result['ranks']} ranks"
-    return f"{what}{device}; {ranks}, {result['library']}; medians of {result['turns']} turns"
+    ranks, turns = _count(result["ranks"], "rank"), _count(result["turns"], "turn")
+    return f"{what}{device}; {ranks}, {result['library']}; medians of {turns}"
 
 
 def text(result: dict[str, Any]) -> str:
@@ -122,6 +122,10 @@ def text(result: dict[str, Any]) -> str:
     )
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}"
+
+
 def _ms(value: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
@@ -144,5 +148,5 @@ def sentence(tree: str, ranks: int, rows: Sequence[dict[str, Any]]) -> str:
             against += f" and {factor:.1f} times faster than {THEIRS}"
         else:
             against += f" and {1 / factor:.1f} times slower than {THEIRS}"
-    who = f"{ranks} rank{'s' if ranks != 1 else ''}"
-    return f"Averaging {tree} over {who} takes {_ms(ours['median_ms'])} ms ({ours['name']}), {against}."
+    took = f"{_ms(ours['median_ms'])} ms ({ours['name']})"
+    return f"Averaging {tree} over {_count(ranks, 'rank')} takes {took}, {against}."
