@@ -44,7 +44,7 @@ OFF = f"{DONATED_OF_TWO} without shared memory (`FUNCAVG_NODE=off`)"
 
 def run(command: str) -> str:
     """Run a command; return its output, or raise an OSError that says what failed."""
-    done = subprocess.run(command.split(), capture_output=True, text=True, check=False, timeout=10)
+    done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise OSError(f"`{command}` failed: {done.stderr.strip()}")
     return done.stdout

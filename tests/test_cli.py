@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 
 import funcavg
-from funcavg.cli import bench, checks, doctor, environment, jobs, main, report, rows, trees
+from funcavg.cli import bench, checks, doctor, environment, jobs, main, report, rows, trees, trials
 from funcavg.testing import run_ranks
 
 ROOT = Path(__file__).parent.parent
@@ -534,7 +534,7 @@ def test_doctor_tries_mpi(size):
 )
 def test_a_check_that_fails_says_why(code, says):
     with pytest.raises(environment.CliError) as caught:
-        doctor._run([[sys.executable, "-c", code]], dict(os.environ), 1.0 if "time" in code else 20.0)
+        trials._run([[sys.executable, "-c", code]], dict(os.environ), 1.0 if "time" in code else 20.0)
     assert str(caught.value).replace("within 20 s", "within 1 s") == says
 
 
@@ -612,7 +612,7 @@ def test_a_wrong_mean_is_noticed(monkeypatch):
 
 
 def test_verdicts():
-    found = [doctor.Finding("mpi", "MPI", doctor.FAILED, ""), doctor.Finding("jax", "JAX", doctor.ABSENT, "")]
+    found = [trials.Finding("mpi", "MPI", trials.FAILED, ""), trials.Finding("jax", "JAX", trials.ABSENT, "")]
     assert doctor._verdict(found, []) == (1, "Of what is installed, this does not work: MPI.")
     assert doctor._verdict(found, ["jax"]) == (1, "Of what was asked for, this does not work: JAX.")
     assert doctor._verdict(found[1:], []) == (0, "Of what is installed, all works.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
@@ -13,6 +14,7 @@ from funcavg import __version__
 from funcavg._errors import FuncavgError
 from funcavg.cli import bench, doctor
 from funcavg.cli.environment import CliError, rank_of
+from funcavg.cli.jobs import AgreedError
 
 __all__ = ["main"]
 
@@ -42,8 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = f"funcavg {args.command}"
         return {"bench": bench.run, "doctor": doctor.run}[args.command](args)
     except (CliError, FuncavgError) as error:
-        # In a job, every rank is here with the same words; a rank that alone lost a peer knows something of its own.
-        if rank_of(os.environ) == 0 or isinstance(error, FuncavgError):
+        rank = rank_of(os.environ)
+        if rank > 0 and not isinstance(error, AgreedError):
+            time.sleep(1)  # if rank 0 fails alike, it has spoken for all, and the launcher ends this one
+            command = f"{command}: rank {rank}"
+        if rank == 0 or not isinstance(error, AgreedError):
             print(f"{command}: {error}", file=sys.stderr)
         if isinstance(error, FuncavgError):
             _abort_mpi(2)

@@ -7,6 +7,7 @@ import ctypes
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -17,9 +18,10 @@ from typing import Any
 import funcavg
 from funcavg.cli import report, trees
 from funcavg.cli.checks import listening
-from funcavg.cli.environment import CliError, choose_backend, cores, has, need
-from funcavg.cli.jobs import Job, agree, connect, start
-from funcavg.cli.rows import FLOOR, Row, make_rows, node_setting
+from funcavg.cli.environment import STARTED, CliError, choose_backend, cores, has, need
+from funcavg.cli.jobs import AgreedError, Job, agree, connect
+from funcavg.cli.rows import FLOOR, NOTHING, Row, make_rows, node_setting
+from funcavg.cli.start import start
 from funcavg.collectives import as_collective, launched_ranks
 
 __all__ = ["ABOUT", "HOW", "add_arguments", "run"]
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     backend = choose_backend(args.backend, os.environ)
     if args.device != "cpu" and backend == "mpi":
         raise CliError(f"--device {args.device} needs a job over torch.distributed: --backend torch, or torchrun")
-    if launched_ranks(os.environ) is not None:
+    if launched_ranks(os.environ) is not None or STARTED in os.environ:
         measure(connect(backend, args.device), args)
         return 0
     _check(args)
@@ -81,18 +83,22 @@ def _check(args: argparse.Namespace) -> trees.Spec:
 
 def measure(job: Job, args: argparse.Namespace) -> None:
     """Time all rows on the job's ranks; rank 0 prints."""
-    spec = agree(job, lambda: _check(args))
+    libraries = [has(library) for library in ("torch", "jax", "mpi4jax")]  # which decide the rows
+    options = [args.turns, args.rows, args.leaves, args.device]
+    spec = agree(job, lambda: _check(args), lambda spec: (spec, libraries, options))
     with ExitStack() as resources:
-        rows, notes = agree(job, lambda: make_rows(job, spec, args.leaves, args.device, resources))
+        rows, notes = agree(
+            job, lambda: make_rows(job, spec, args, resources), lambda made: [row.name for row in made[0]]
+        )
         if args.rows:
             chosen = [row for row in rows if any(word in row.name for word in args.rows)]
             if not chosen:
-                raise CliError(f"no row has one of {args.rows} in its name: {'; '.join(row.name for row in rows)}")
-            rows = [row for row in rows if row.name == FLOOR or row in chosen]
+                raise AgreedError(f"no row has one of {args.rows} in its name: {'; '.join(row.name for row in rows)}")
+            rows = [row for row in rows if row.name in (NOTHING, FLOOR) or row in chosen]
         progress = resources.enter_context(_progress(args.turns, rows, shown=job.rank == 0))
         first = {}
         for row in rows:
-            first[row.name] = _first_call(job, row)
+            first[row.name] = _first_call(job, row, args.device)
             progress()
         before = {row.name: _counted(row) for row in rows}
         times = _in_turns(job, rows, args.turns, progress)
@@ -138,10 +144,10 @@ def _machine() -> str:
     return f"{platform.system()} {platform.machine()}, {cores()} core(s) for rank 0, OMP_NUM_THREADS {threads}"
 
 
-def _first_call(job: Job, row: Row) -> tuple[int | None, str]:
+def _first_call(job: Job, row: Row, device: str) -> tuple[int | None, str]:
     """Run a row for the first time.
 
-    Return by how much this process grew meanwhile, in bytes (None: not on Linux), and what was logged of shared memory.
+    Return by how much this process grew meanwhile, in bytes (None: not known), and what was logged of shared memory.
     """
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)  # what earlier rows have freed would hide what this one takes
@@ -153,7 +159,8 @@ def _first_call(job: Job, row: Row) -> tuple[int | None, str]:
     with node_setting(row.node), listening() as said:
         row.run()
     job.barrier()
-    return None if before is None else max(0, _status("VmHWM") - before), "; ".join(said)
+    grown = None if before is None or device != "cpu" else max(0, _status("VmHWM") - before)
+    return grown, "; ".join(said)
 
 
 def _status(field: str) -> int:
@@ -167,10 +174,10 @@ def _counted(row: Row) -> int:
 
 
 def _in_turns(job: Job, rows: Sequence[Row], turns: int, progress: Any) -> dict[str, list[float]]:
-    """Time every row between barriers, once a turn. Return milliseconds."""
+    """Time every row between barriers, once a turn, in an order of its own. Return milliseconds."""
     times: dict[str, list[float]] = {row.name: [] for row in rows}
     for turn in range(WARM_UP + turns):
-        for row in rows:
+        for row in random.Random(turn).sample(rows, len(rows)):  # noqa: S311  # the same order on all ranks
             job.barrier()
             start = time.perf_counter()
             row.run()

@@ -1,7 +1,7 @@
-"""What ``funcavg doctor`` tries, each in processes of its own.
+"""What ``funcavg doctor`` tries, each in processes of its own, which `enter` with ``CHECK [RANK SIZE FOLDER]``.
 
-``python -m funcavg.cli.checks CHECK [RANK SIZE FOLDER]`` prints a line of JSON that says what it has found, or fails
-with one line on stderr. A process that hangs is ended by its alarm.
+A check prints a line of JSON that says what it has found, or fails with one line on stderr. A process that hangs is
+ended by its alarm.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from funcavg.collectives import as_collective
 from funcavg.collectives.gpu_aware import is_gpu_aware
 from funcavg.collectives.segment import Address, Segment, open_segment
 
-__all__ = ["CHECKS", "average_ranks", "listening", "mpi_facts"]
+__all__ = ["CHECKS", "average_ranks", "enter", "listening", "mpi_facts"]
 
 NODE_STAGE = "node stage: "
 
@@ -86,19 +86,19 @@ def _torch() -> dict[str, str]:
     return {"details": f"{torch.__version__}; backends: {have or 'none'}; GPUs: {', '.join(gpus) or 'none'}"}
 
 
-def _gloo(rank: int, size: int, folder: str) -> dict[str, str]:
-    return _over("gloo", rank, size, folder)
+def _gloo(rank: str, size: str, folder: str) -> dict[str, str]:
+    return _over("gloo", int(rank), int(size), folder)
 
 
-def _nccl(rank: int, size: int, folder: str) -> dict[str, str]:
+def _nccl(rank: str, size: str, folder: str) -> dict[str, str]:
     import torch
 
-    if torch.cuda.device_count() < size:
+    if torch.cuda.device_count() < int(size):
         return {"absent": f"tried with {size} GPUs, of which torch finds {torch.cuda.device_count()}"}
-    torch.cuda.set_device(rank)
-    found = _over("cpu:gloo,cuda:nccl", rank, size, folder)
+    torch.cuda.set_device(int(rank))
+    found = _over("cpu:gloo,cuda:nccl", int(rank), int(size), folder)
     mean = funcavg.average(torch.full((1000,), float(rank), device="cuda"))
-    if not bool((mean == (size - 1) / 2).all()):
+    if not bool((mean == (int(size) - 1) / 2).all()):
         raise CliError(f"rank {rank} of {size} got a wrong mean: {mean[0].item()}")
     return found
 
@@ -148,26 +148,34 @@ def mpi_facts() -> dict[str, str]:
     return {"details": f"{mpi4py.__version__}; {library}; threads: {threads}; {aware}"}
 
 
-def _mpi_ranks() -> dict[str, str]:
+def _mpi_ranks(_: str, size: str) -> dict[str, str]:
     from mpi4py import MPI
 
+    if MPI.COMM_WORLD.size != int(size):
+        raise CliError(
+            f"{size} ranks were started, but each has a COMM_WORLD of {MPI.COMM_WORLD.size}: the mpiexec is not of "
+            f"mpi4py's library, {mpi_name(MPI.Get_library_version())}"
+        )
     found = average_ranks(MPI.COMM_WORLD)
     return found if MPI.COMM_WORLD.rank == 0 else {}
 
 
 def _memory() -> dict[str, str]:
     """Make a segment, and let another process of this user open it."""
+    if not hasattr(os, "memfd_create"):
+        return {"absent": "ranks of one host meet in shared memory on Linux only"}
     segment = Segment()
     pid, descriptor, nonce = segment.address
-    other = [sys.executable, "-m", "funcavg.cli.checks", "open", str(pid), str(descriptor), nonce.hex()]
+    enter_open = "from funcavg.cli.checks import enter; enter()"
+    other = [sys.executable, "-c", enter_open, "open", str(pid), str(descriptor), nonce.hex()]
     opened = subprocess.run(other, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if opened.returncode:
         raise OSError(opened.stderr.strip().rpartition("\n")[2])
     return {"details": "another process opens this one's anonymous memory through /proc"}
 
 
-def _open(pid: int, descriptor: int, nonce: str) -> dict[str, str]:
-    if open_segment(Address(pid, descriptor, bytes.fromhex(nonce))) is None:
+def _open(pid: str, descriptor: str, nonce: str) -> dict[str, str]:
+    if open_segment(Address(int(pid), int(descriptor), bytes.fromhex(nonce))) is None:
         raise OSError(f"/proc/{pid}/fd/{descriptor} cannot be opened: /proc is closed to this user's own processes")
     return {}
 
@@ -186,20 +194,18 @@ CHECKS: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
-def _main(check: str, *args: str) -> int:
+def enter() -> NoReturn:
+    """Run the check that the command line names."""
+    check, *args = sys.argv[1:]
     signal.alarm(int(os.environ.get("FUNCAVG_DOCTOR_ALARM", "0")))
+    code = 0
     try:
-        found = CHECKS[check](*(int(arg) if arg.isdigit() else arg for arg in args))
+        if found := CHECKS[check](*args):
+            print(json.dumps(found), flush=True)
     except Exception as error:
-        print(f"{type(error).__name__}: {str(error).strip() or 'no more is known'}", file=sys.stderr)
-        return 1
-    if found:
-        print(json.dumps(found), flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    code = _main(*sys.argv[1:])
-    if sys.argv[1] in ("gloo", "nccl"):
+        kind = "" if isinstance(error, CliError) else f"{type(error).__name__}: "
+        print(f"{kind}{str(error).strip() or 'no more is known'}", file=sys.stderr, flush=True)
+        code = 1
+    if check in ("gloo", "nccl"):
         os._exit(code)  # a rank whose peer has failed must not wait in torch's destructors
     sys.exit(code)

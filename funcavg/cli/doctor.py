@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shutil
-import signal
-import subprocess
-import sys
-import tempfile
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import funcavg
 from funcavg._errors import FuncavgError
 from funcavg.cli import checks
-from funcavg.cli.environment import LIBRARIES, CliError, choose_backend, cores, has, mpiexec, rank_of, unlaunched
+from funcavg.cli.environment import CliError, choose_backend, cores, rank_of
 from funcavg.cli.jobs import agree, connect
+from funcavg.cli.trials import ABSENT, FAILED, NO, OK, SUBJECTS, TRIALS, Finding, attempt
 from funcavg.collectives import LAUNCHERS, launched_ranks
 
 __all__ = ["ABOUT", "HOW", "add_arguments", "run"]
@@ -33,7 +27,7 @@ HOW = (
     "Exit code 0: all that you asked for works; if you ask for nothing, all that is installed. In a job (torchrun, "
     "mpiexec, srun) the job's own ranks are tried as well, and rank 0 reports."
 )
-SUBJECTS = ("threads", "torch", "nccl", "jax", "mpi", "node")
+JOB = "this job"
 SETTINGS = (
     "FUNCAVG_NODE",
     "FUNCAVG_MPI_GPU",
@@ -45,42 +39,6 @@ SETTINGS = (
     "JAX_PLATFORMS",
     "MPIEXEC",
 )
-OK, FAILED, ABSENT, NO = "ok", "failed", "absent", "no"
-JOB = "this job"
-
-
-class Trial(NamedTuple):
-    """Something to try, in processes of its own."""
-
-    what: str  # one of SUBJECTS that it decides
-    name: str
-    check: str  # one of `checks.CHECKS`
-    needs: str = "numpy"  # library
-    start: str = "alone"  # or as two "ranks", or by "mpiexec"
-
-
-TRIALS = [
-    Trial("threads", "threads", "threads"),
-    Trial("torch", "torch", "torch", "torch"),
-    Trial("torch", "torch, Gloo", "gloo", "torch", "ranks"),
-    Trial("nccl", "torch, NCCL", "nccl", "torch", "ranks"),
-    Trial("jax", "JAX", "jax", "jax"),
-    Trial("jax", "JAX, axis", "axis", "jax"),
-    Trial("mpi", "mpi4py", "mpi", "mpi4py"),
-    Trial("mpi", "MPI", "mpi-ranks", "mpi4py", "mpiexec"),
-    Trial("node", "shared memory", "memory"),
-]
-
-
-class Finding(NamedTuple):
-    """A row: whether something works."""
-
-    what: str  # one of SUBJECTS that it decides, or "" for a fact
-    name: str
-    state: str
-    details: str
-    seconds: float = 0.0
-    node: str = ""  # what was logged about shared memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,7 +74,7 @@ def _find(whats: Sequence[str], timeout: float) -> Iterator[Finding]:
     yield from _facts()
     job = None
     if launched_ranks(os.environ) is not None:
-        job = _this_job(timeout)
+        job = _this_job(whats, timeout)
         yield job
         if rank_of(os.environ) != 0:
             return
@@ -136,20 +94,29 @@ def _facts() -> Iterator[Finding]:
     yield Finding("", "environment", "", ", ".join(settings) or f"none of {', '.join(SETTINGS)}")
 
 
-def _this_job(timeout: float) -> Finding:
+def _this_job(whats: Sequence[str], timeout: float) -> Finding:
     """Connect the ranks of the job that this process is in, and average over them."""
     what, start = "", time.perf_counter()
     try:
-        backend = choose_backend(None, os.environ)
+        backend = choose_backend(_asked_backend(whats), os.environ)
         what = "mpi" if backend == "mpi" else "torch"
         job = connect(backend, timeout=timeout)
         group = job.group()
-        found = agree(job, lambda: checks.average_ranks(group, timeout), timeout)
+        found = agree(job, lambda: checks.average_ranks(group, timeout), timeout=timeout)
         job.close()
-    except (CliError, FuncavgError) as error:
-        return Finding(what, JOB, FAILED, str(error), time.perf_counter() - start)
+    except Exception as error:
+        reason = str(error) if isinstance(error, (CliError, FuncavgError)) else f"{type(error).__name__}: {error}"
+        return Finding(what, JOB, FAILED, reason, time.perf_counter() - start)
     details = f"{job.library}: {found['details']}"
     return Finding(what, JOB, OK, details, time.perf_counter() - start, found["node"])
+
+
+def _asked_backend(whats: Sequence[str]) -> str | None:
+    """Return which library has to connect this job, if only one was asked for and its launcher may start either."""
+    launched = launched_ranks(os.environ)
+    if launched is None or launched[1] != "srun" or ("torch" in whats) == ("mpi" in whats):
+        return None
+    return "torch" if "torch" in whats else "mpi"
 
 
 def _try_all(whats: Sequence[str], timeout: float, job: Finding | None) -> Iterator[Finding]:
@@ -163,71 +130,10 @@ def _try_all(whats: Sequence[str], timeout: float, job: Finding | None) -> Itera
             if trial.check == "mpi":  # MPI is running already, and cannot start jobs inside
                 yield Finding("mpi", trial.name, OK, checks.mpi_facts()["details"])
             continue
-        yield (finding := _try(trial, timeout))
+        yield (finding := attempt(trial, timeout))
         said.append(finding.node)
     if "node" in whats:  # in a job, its own ranks decide
         yield _node_stage([text for text in (said if job is None else [job.node]) if text])
-
-
-def _try(trial: Trial, timeout: float) -> Finding:
-    """Try one thing, in new processes that end when their time is up."""
-    if not has(trial.needs):
-        return Finding(trial.what, trial.name, ABSENT, f"not installed: {LIBRARIES[trial.needs]}")
-    start = time.perf_counter()
-    environ = unlaunched(os.environ) | {"FUNCAVG_DOCTOR_ALARM": str(math.ceil(timeout))}
-    environ.setdefault("OMP_NUM_THREADS", "1")
-    command = [sys.executable, "-m", "funcavg.cli.checks", trial.check]
-    state, found = FAILED, dict[str, str]()
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            if trial.start == "mpiexec":
-                commands = [[*mpiexec(os.environ, timeout), "-n", "2", *command]]
-            else:
-                commands = [[*command, str(rank), "2", folder] for rank in range(2)]
-                commands = commands if trial.start == "ranks" else [command]
-            found = _run(commands, environ, timeout)
-            state = ABSENT if "absent" in found else OK
-            details = found.get("absent") or found["details"]
-        except (CliError, OSError) as error:
-            details = str(error)
-    return Finding(trial.what, trial.name, state, details, time.perf_counter() - start, found.get("node", ""))
-
-
-def _run(commands: Sequence[Sequence[str]], environ: dict[str, str], timeout: float) -> dict[str, str]:
-    """Run the processes of a trial to their end; return what the first has found, or raise CliError."""
-    processes = [
-        subprocess.Popen(
-            command,
-            env=environ,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        for command in commands
-    ]
-    deadline = time.monotonic() + timeout
-    try:
-        said = [process.communicate(timeout=max(0.1, deadline - time.monotonic())) for process in processes]
-    except subprocess.TimeoutExpired:
-        raise CliError(f"no end within {timeout:g} s; --timeout gives it more") from None
-    finally:
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    for process, (_, errors) in zip(processes, said, strict=True):
-        if process.returncode == -signal.SIGALRM:
-            raise CliError(f"no end within {timeout:g} s; --timeout gives it more")
-        if process.returncode:
-            lines = [line for line in errors.splitlines() if line.strip()]
-            raise CliError(lines[-1].strip() if lines else f"ended with code {process.returncode}, and said nothing")
-    lines = [line for output, _ in said for line in output.splitlines() if line.startswith("{")]
-    if not lines:
-        raise CliError(f"said nothing: {said[0][0].strip() or said[0][1].strip()}")
-    found: dict[str, str] = json.loads(lines[0])
-    return found
 
 
 def _node_stage(said: Sequence[str]) -> Finding:

@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 LIBRARIES = {"torch": "pip install torch", "mpi4py": "pip install mpi4py mpich", "jax": "pip install jax"}
+STARTED = "FUNCAVG_BENCH_RANKS"  # how many ranks a command has started, told to each: launchers need not tell
 # Asking for its version does not need a library to be initialised, which may hang on a misconfigured network.
 MPI_PROBE = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
 
@@ -61,12 +62,39 @@ def rank_of(environ: Mapping[str, str]) -> int:
 
 
 def unlaunched(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of processes that are a job of their own: without what a launcher has set."""
-    if launched_ranks(environ) is None:
-        return dict(environ)  # what is set there, such as OMPI_MCA_btl_tcp_if_include, is the user's
-    theirs = ("OMPI_", "PMI", "MPI_", "HYDRA", "PRTE", "SLURM_", "TORCHELASTIC_")
-    torchs = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
-    return {name: value for name, value in environ.items() if not name.startswith(theirs) and name not in torchs}
+    """Return the environment of processes that are a job of their own: without what a launcher tells each rank.
+
+    What a user sets for all jobs, such as ``OMPI_MCA_btl``, stays; inside a job it may be the launcher's, and goes.
+    """
+    launched = launched_ranks(environ) is not None
+    of_ranks = (
+        "PMI",
+        "OMPI_",
+        "PRTE_",
+        "HYD",
+        "MPI_LOCAL",
+        "TORCHELASTIC_",
+        "SLURM_STEP",
+        "SLURM_PROCID",
+        "SLURM_LOCALID",
+    )
+    others = {
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "GROUP_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        STARTED,
+    }
+
+    def stays(name: str) -> bool:
+        if launched and name.startswith("SLURM_"):
+            return False
+        return not (name in others or name.startswith(of_ranks)) or ("_MCA_" in name and not launched)
+
+    return {name: value for name, value in environ.items() if stays(name)}
 
 
 def choose_backend(asked: str | None, environ: Mapping[str, str]) -> str:
@@ -117,9 +145,11 @@ def mpiexec(environ: Mapping[str, str], timeout: float = 60.0) -> list[str]:
     if probe.returncode:
         reason = probe.stderr.strip().rpartition("\n")[2]
         raise CliError(f"mpi4py finds no MPI library ({reason}): pip install mpich, or load your site's")
+    if "MPIEXEC" in environ:
+        return shlex.split(environ["MPIEXEC"])
     beside = Path(sys.executable).with_name("mpiexec")
-    found = environ.get("MPIEXEC") or (str(beside) if beside.exists() else shutil.which("mpiexec"))
+    found = str(beside) if beside.exists() else shutil.which("mpiexec")
     if not found:
         raise CliError(f"{mpi_name(probe.stdout)} is there, but no mpiexec; MPIEXEC can say where it is")
     few_cores = ["--oversubscribe", *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]
-    return [*shlex.split(found), *(few_cores if "Open MPI" in probe.stdout else [])]
+    return [found, *(few_cores if "Open MPI" in probe.stdout else [])]

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import logging
 import os
 import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
-from funcavg._errors import FuncavgError
-from funcavg.cli.environment import CliError, mpi_name, mpiexec, need, rank_of, unlaunched
-from funcavg.cli.trees import random_array
+from funcavg.cli.environment import STARTED, CliError, mpi_name, need, rank_of
+from funcavg.cli.trees import random_array, random_tensor
 from funcavg.collectives import as_collective, launched_ranks
 
-__all__ = ["Job", "MPIJob", "TorchJob", "agree", "connect", "start"]
+__all__ = ["AgreedError", "Job", "MPIJob", "TorchJob", "agree", "connect"]
 
 SAID = 512  # bytes of what ranks tell each other about a failure
+
+
+class AgreedError(CliError):
+    """What all ranks of a job raise alike, so that one of them may say it."""
 
 
 class Job:
@@ -49,7 +51,7 @@ class Job:
 
     def sums(self, dtype: str) -> bool:
         """Say whether the library's own all-reduce knows a dtype."""
-        return True
+        raise NotImplementedError
 
     def close(self) -> None:
         """Take leave of torch.distributed, if it connects these ranks."""
@@ -68,12 +70,13 @@ class TorchJob(Job):
         name = "gloo"
         if device == "cuda":
             local = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+            local = 0 if torch.cuda.device_count() == 1 else local  # as with `srun --gpus-per-task=1`
             if local >= torch.cuda.device_count():
                 raise CliError(f"--device cuda: rank {local} of this host finds {torch.cuda.device_count()} GPU(s)")
             torch.cuda.set_device(local)
             name = "cpu:gloo,cuda:nccl"
         self._device = device
-        if launched is not None and launched[1] != "torchrun" and "MASTER_PORT" not in os.environ:
+        if launched is not None and init_method is None and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             raise CliError(
                 f"{launched[1]} has started {launched[0]} ranks, and torch.distributed needs MASTER_ADDR and "
                 f"MASTER_PORT to connect them: set both, or take torchrun"
@@ -98,10 +101,13 @@ class TorchJob(Job):
         self._dist.barrier()
 
     def buffer(self, numel: int, dtype: str) -> Any:
-        return self._torch.randn(numel, dtype=getattr(self._torch, dtype), device=self._device)
+        return random_tensor(numel, dtype, self._device)
 
     def all_reduce(self, buffer: Any) -> None:
         self._dist.all_reduce(buffer)
+
+    def sums(self, dtype: str) -> bool:
+        return not dtype.startswith("float8")
 
 
 class MPIJob(Job):
@@ -120,10 +126,12 @@ class MPIJob(Job):
         self._mpi, self._world = MPI, MPI.COMM_WORLD
         self.rank, self.size = self._world.rank, self._world.size
         self.library = mpi_name(MPI.Get_library_version())
-        if launched is not None and launched[0] != self.size:
+        who, size = (launched[1], launched[0]) if launched is not None else ("funcavg", self.size)
+        size = int(os.environ.get(STARTED, size))
+        if size != self.size:
             raise CliError(
-                f"{launched[1]} has started {launched[0]} ranks, but MPI.COMM_WORLD has {self.size}: the launcher is "
-                f"not that of mpi4py's library, {self.library}"
+                f"{who} has started {size} ranks, but MPI.COMM_WORLD has {self.size}: the launcher is not that of "
+                f"mpi4py's library, {self.library}"
             )
 
     def group(self) -> Any:
@@ -139,7 +147,7 @@ class MPIJob(Job):
         self._world.Allreduce(self._mpi.IN_PLACE, buffer)
 
     def sums(self, dtype: str) -> bool:
-        return dtype not in ("float16", "bfloat16")
+        return dtype != "bfloat16" and not dtype.startswith(("float16", "float8"))
 
     def init_torch(self, resources: ExitStack) -> bool:
         """Connect the same ranks over Gloo, for torch's averager; False if they are not all on one host."""
@@ -165,62 +173,27 @@ def connect(backend: str, device: str = "cpu", timeout: float = 300.0) -> Job:
     return TorchJob(device, timeout=timeout) if backend == "torch" else MPIJob()
 
 
-def agree(job: Job, fn: Callable[[], Any], timeout: float = 300.0) -> Any:
-    """Return ``fn()``, or raise on all ranks what the first rank that cannot do it says."""
-    mine, failure = None, ""
+def agree(job: Job, fn: Callable[[], Any], same: Callable[[Any], Any] = type, timeout: float = 300.0) -> Any:
+    """Return ``fn()``, or raise on all ranks what the first rank that cannot do it says.
+
+    They raise, too, if ``same(fn())`` is not the same on all ranks: they would wait for each other in different rows.
+    """
+    mine, told = None, {"failure": "", "digest": ""}
     try:
         mine = fn()
+        told["digest"] = hashlib.blake2b(repr(same(mine)).encode(), digest_size=16).hexdigest()
     except CliError as error:
-        failure = str(error)
+        told["failure"] = str(error)[: SAID // 2]
     group = as_collective(job.group())
     assert group is not None
-    said = [
-        answer.decode(errors="ignore").strip() for answer in group.gather(failure.encode()[:SAID].ljust(SAID), timeout)
-    ]
-    for rank, text in enumerate(said):
+    answers = [json.loads(answer) for answer in group.gather(json.dumps(told).encode()[:SAID].ljust(SAID), timeout)]
+    failures = [answer["failure"] for answer in answers]
+    for rank, text in enumerate(failures):
         if text:
-            raise CliError(text if all(said) else f"rank {rank} of {job.size}: {text}")
+            raise AgreedError(text if all(failures) else f"rank {rank} of {job.size}: {text}")
+    others = [rank for rank, answer in enumerate(answers) if answer["digest"] != answers[0]["digest"]]
+    if others:
+        raise AgreedError(
+            f"ranks 0 and {others[0]} of {job.size} differ: in the tree, the options, or what is installed"
+        )
     return mine
-
-
-class Ranks(NamedTuple):
-    """What local ranks are started with."""
-
-    main: Callable[[Job, Any], None]
-    args: Any
-    size: int
-    folder: str
-
-
-def _torch_rank(rank: int, ranks: Ranks) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks.size))
-    try:
-        job = TorchJob(ranks.args.device, f"file://{ranks.folder}/store")
-        ranks.main(job, ranks.args)
-    except (CliError, FuncavgError) as error:
-        if rank == 0 or isinstance(error, FuncavgError):
-            print(f"funcavg {ranks.args.command}: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def start(backend: str, size: int, main: Callable[[Job, Any], None], args: Any) -> int:
-    """Start ranks on this host that run ``main(job, args)``; over MPI, the whole command. Return the exit code."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun sets it: ranks share the cores
-    if backend == "mpi":
-        command = [*mpiexec(os.environ), "-n", str(size), sys.executable, "-m", "funcavg", *args.argv]
-        return subprocess.run(command, check=False, env=unlaunched(os.environ)).returncode
-    need("torch", "a job over torch.distributed")
-    import torch
-    from torch.multiprocessing.spawn import ProcessExitedException, spawn
-
-    if args.device == "cuda" and torch.cuda.device_count() < size:
-        raise CliError(f"--device cuda: {size} ranks need {size} GPUs, and torch finds {torch.cuda.device_count()}")
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # that it ends the other ranks is no news
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            spawn(_torch_rank, (Ranks(main, args, size, folder),), size)  # type: ignore[no-untyped-call]
-        except ProcessExitedException as error:
-            if error.exit_code != 2:  # 2: it has said why
-                raise CliError(f"rank {error.error_index} of {size} has died: {error}") from None
-            return 2
-    return 0

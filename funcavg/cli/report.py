@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from funcavg.cli.environment import CliError
-from funcavg.cli.rows import FLOOR, OURS, THEIRS
+from funcavg.cli.rows import EACH, FLOOR, NOTHING, OURS, RAW, THEIRS
 
 __all__ = ["check_plot", "plot", "sentence", "table", "text", "title"]
 
@@ -43,7 +43,7 @@ def plot(path: str, title: str, rows: Sequence[dict[str, Any]]) -> None:
     ours = ["#1f77b4" if name.startswith("funcavg") else "#aaaaaa" for name in names]
     bars = axes.barh(names, medians, xerr=around, color=ours, ecolor="#444444", capsize=3)
     axes.bar_label(bars, [f" {value:.3g}" for value in medians], padding=6)
-    axes.axvline(rows[0]["median_ms"], color="#444444", linewidth=1, linestyle=":")
+    axes.axvline(medians[names.index(FLOOR)], color="#444444", linewidth=1, linestyle=":")
     axes.margins(x=0.12)
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds: median, and the middle half of the turns")
@@ -113,6 +113,7 @@ def text(result: dict[str, Any]) -> str:
             "",
             "ms: median, from barrier to barrier. spread: between the quartiles. GB/s: bytes of the tree per second.",
             "MB sent, by each rank: funcavg's counted, through shared memory too; others' computed, for a ring.",
+            f"{NOTHING}: what is in the times of all rows.",
             "MB extra: growth of rank 0 at its peak, in the first call.",
             *notes,
             f"machine: {result['machine']}",
@@ -137,16 +138,17 @@ def sentence(tree: str, ranks: int, rows: Sequence[dict[str, Any]]) -> str:
     floor = byname[FLOOR]["median_ms"]
     if ours is None:
         return f"Nothing of funcavg was timed; a memcpy of {tree} takes {_ms(floor)} ms."
-    against = f"{ours['median_ms'] / floor:.1f} times a memcpy"
+    against = [f"{ours['median_ms'] / floor:.1f} times as long as a memcpy"]
+    plain = min(
+        (byname[name] for name in (RAW, EACH) if name in byname), key=lambda row: row["median_ms"], default=None
+    )
+    if plain is not None:
+        against.append(f"{ours['median_ms'] / plain['median_ms']:.2f} times as long as {plain['name']}")
     if (theirs := byname.get(THEIRS)) is not None:
-        factor = theirs["median_ms"] / ours["median_ms"]
-        if max(ours["quartiles_ms"][0], theirs["quartiles_ms"][0]) <= min(
-            ours["quartiles_ms"][1], theirs["quartiles_ms"][1]
-        ):
-            against += f" and about as long as {THEIRS}"
-        elif factor > 1:
-            against += f" and {factor:.1f} times faster than {THEIRS}"
-        else:
-            against += f" and {1 / factor:.1f} times slower than {THEIRS}"
+        against.append(f"{ours['median_ms'] / theirs['median_ms']:.2f} times as long as {THEIRS}")
     took = f"{_ms(ours['median_ms'])} ms ({ours['name']})"
-    return f"Averaging {tree} over {_count(ranks, 'rank')} takes {took}, {against}."
+    return f"Averaging {tree} over {_count(ranks, 'rank')} takes {took}: {_enumerated(against)}."
+
+
+def _enumerated(parts: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))

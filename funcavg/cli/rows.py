@@ -14,9 +14,10 @@ from funcavg.cli.environment import has
 from funcavg.cli.jobs import Job, MPIJob
 from funcavg.cli.trees import Spec, arrays
 
-__all__ = ["FLOOR", "OURS", "THEIRS", "Row", "make_rows"]
+__all__ = ["EACH", "FLOOR", "NOTHING", "OURS", "RAW", "THEIRS", "Row", "make_rows", "node_setting"]
 
-FLOOR, RAW, THEIRS = "memcpy", "one all-reduce of a flat buffer", "torch's averager"
+NOTHING, FLOOR = "nothing but the barriers", "memcpy"
+RAW, EACH, THEIRS = "one all-reduce of a flat buffer", "one all-reduce per leaf", "torch's averager"
 OURS, SHIM = "funcavg, donate", "funcavg's PeriodicModelAverager"
 
 
@@ -30,50 +31,47 @@ class Row(NamedTuple):
     node: str | None = None  # what FUNCAVG_NODE is while the group meets, at the first call
 
 
-def make_rows(job: Job, spec: Spec, kind: str, device: str, resources: ExitStack) -> tuple[list[Row], list[str]]:
-    """Return the rows that this job can run, and why others are missing."""
+def make_rows(job: Job, spec: Spec, args: Any, resources: ExitStack) -> tuple[list[Row], list[str]]:
+    """Return the rows that this job can run, and why others are missing or different."""
     notes: list[str] = []
-    ring = 2 * (job.size - 1) * spec.nbytes // job.size  # what each rank of a ring sends
-    rows = _baselines(job, spec, ring, notes)
-    tree = arrays(spec, kind, device)
-    if not has("torch"):
-        notes.append(f"{THEIRS} needs torch, which is not installed")
-    elif any(dtype.startswith("complex") for dtype in spec.numel()):
-        notes.append(f"{THEIRS} drops imaginary parts, so it does not take part")
-    elif isinstance(job, MPIJob) and not job.init_torch(resources):
-        notes.append(f"{THEIRS} needs a job over torch.distributed where ranks are on several hosts")
-    else:
-        if isinstance(job, MPIJob):
-            notes.append(f"{THEIRS} reaches the same ranks over Gloo")
-        rows += _averagers(tree, ring) if kind == "torch" else _averagers(arrays(spec, "torch"), ring)[:1]
+    tree = arrays(spec, args.leaves, args.device)
+    rows = [*_baselines(job, spec, notes), *_torchs_averager(job, spec, args, resources, notes)]
+    if args.leaves == "torch":
+        rows.append(_shim(job, tree))
     node: str | None
     for node, where in ((None, ""), ("off", ", FUNCAVG_NODE=off")):
-        for donate in (False, True) if kind != "jax" else (False,):
+        for donate in (False, True) if args.leaves != "jax" else (False,):
             group = job.group()
-            run = functools.partial(funcavg.average, tree, group, donate=donate)
+            call = functools.partial(funcavg.average, tree, group, donate=donate)
+            run = _until_ready(call) if args.leaves == "jax" else call
             rows.append(Row(f"funcavg{', donate' if donate else ''}{where}", run, group, node=node))
-    if kind == "jax":
-        rows += _in_jit(job, tree, ring, notes)
+    if args.leaves == "jax":
+        rows += _in_jit(job, spec, tree, notes)
     return rows, notes
 
 
-def _baselines(job: Job, spec: Spec, ring: int, notes: list[str]) -> list[Row]:
-    """Rows that bound what can be had: a copy of the tree's bytes, and the library's own all-reduce."""
+def _ring(job: Job, nbytes: int) -> int:
+    """Return what each rank sends when a ring of them all-reduces a buffer."""
+    return 2 * (job.size - 1) * nbytes // job.size
+
+
+def _baselines(job: Job, spec: Spec, notes: list[str]) -> list[Row]:
+    """Rows that bound what can be had: nothing, a copy of the tree's bytes, the library's own all-reduce."""
     flats = {dtype: job.buffer(numel, dtype) for dtype, numel in spec.numel().items()}
     targets = {dtype: job.buffer(numel, dtype) for dtype, numel in spec.numel().items()}
-    if len(flats) > 1:
-        notes.append(f"a flat buffer for each dtype: {', '.join(flats)}")
 
     def copy() -> None:
         for dtype, flat in flats.items():
             targets[dtype][...] = flat
 
-    rows = [Row(FLOOR, copy)]
+    rows = [Row(NOTHING, lambda: None), Row(FLOOR, copy)]
     if unknown := [dtype for dtype in flats if not job.sums(dtype)]:
         notes.append(
             f"{job.library} has no sum of {' and '.join(unknown)}, so there is no plain all-reduce of this tree"
         )
         return rows
+    if len(flats) > 1:
+        notes.append(f"a flat buffer for each dtype: {', '.join(flats)}")
     views, offsets = [], dict.fromkeys(flats, 0)
     for leaf in spec.leaves.values():
         start = offsets[leaf.dtype]
@@ -84,43 +82,68 @@ def _baselines(job: Job, spec: Spec, ring: int, notes: list[str]) -> list[Row]:
         for buffer in buffers:
             job.all_reduce(buffer)
 
+    ring = _ring(job, spec.nbytes)
     rows.append(Row(RAW, functools.partial(reduce, flats.values()), sends=ring))
-    rows.append(Row("one all-reduce per leaf", functools.partial(reduce, views), sends=ring))
+    rows.append(Row(EACH, functools.partial(reduce, views), sends=ring))
     return rows
 
 
-def _averagers(tree: dict[str, Any], ring: int) -> list[Row]:
-    """Torch's averager and its stand-in, on parameters that are the tree's leaves."""
+def _torchs_averager(job: Job, spec: Spec, args: Any, resources: ExitStack, notes: list[str]) -> list[Row]:
+    """Torch's averager, on torch tensors of its own: it makes parameters views of its flat copy."""
+    odd = [dtype for dtype in spec.numel() if dtype.startswith(("complex", "float8"))]
+    if not has("torch"):
+        notes.append(f"{THEIRS} needs torch, which is not installed")
+    elif odd:
+        notes.append(f"{THEIRS} does not average {' and '.join(odd)}")
+    elif isinstance(job, MPIJob) and not job.init_torch(resources):
+        notes.append(f"{THEIRS} needs a job over torch.distributed where ranks are on several hosts")
+    else:
+        import torch
+        from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+
+        if isinstance(job, MPIJob):
+            notes.append(f"{THEIRS} reaches the same ranks over Gloo")
+        tree = arrays(spec, "torch", args.device)
+        widest = functools.reduce(torch.promote_types, [leaf.dtype for leaf in tree.values()])
+        sends = _ring(job, sum(spec.numel().values()) * widest.itemsize)  # it concatenates, which promotes
+        return [Row(THEIRS, _every_step(PeriodicModelAverager(period=2), tree), sends=sends)]
+    return []
+
+
+def _shim(job: Job, tree: dict[str, Any]) -> Row:
+    group = job.group()
+    averager = funcavg.PeriodicModelAverager(period=2, process_group=group)
+    return Row(SHIM, _every_step(averager, tree), group)
+
+
+def _every_step(averager: Any, tree: dict[str, Any]) -> Callable[[], None]:
+    """Return what lets an averager average parameters that are a tree's leaves."""
     import torch
-    import torch.distributed.algorithms.model_averaging.averagers as torch_averagers
 
     params = [torch.nn.Parameter(leaf) for leaf in tree.values()]
     for param in params:
-        param.grad = param.new_zeros(()).expand(param.shape)  # both skip parameters without a gradient
+        param.grad = param.new_zeros(()).expand(param.shape)  # parameters without a gradient are skipped
 
-    def every_step(averager: Any) -> Callable[[], None]:
-        def run() -> None:
-            averager.step = 0
-            averager.average_parameters(params)
+    def run() -> None:
+        averager.step = 0
+        averager.average_parameters(params)
 
-        return run
-
-    theirs, ours = torch_averagers.PeriodicModelAverager(period=2), funcavg.PeriodicModelAverager(period=2)
-    group = torch.distributed.group.WORLD
-    return [Row(THEIRS, every_step(theirs), sends=ring), Row(SHIM, every_step(ours), group)]
+    return run
 
 
-def _in_jit(job: Job, tree: dict[str, Any], ring: int, notes: list[str]) -> list[Row]:
+def _until_ready(fn: Callable[[], Any]) -> Callable[[], Any]:
+    import jax
+
+    return lambda: jax.block_until_ready(fn())  # type: ignore[no-untyped-call]
+
+
+def _in_jit(job: Job, spec: Spec, tree: dict[str, Any], notes: list[str]) -> list[Row]:
     """Rows of compiled programs."""
     import jax
 
     group = job.group()
-
-    def compiled(fn: Callable[[Any], Any]) -> Callable[[], Any]:
-        jitted = jax.jit(fn)
-        return lambda: jax.block_until_ready(jitted(tree))  # type: ignore[no-untyped-call]
-
-    rows = [Row("funcavg in jit", compiled(lambda tree: funcavg.average(tree, group)), group)]
+    ours = jax.jit(lambda tree: funcavg.average(tree, group))
+    rows = [Row("funcavg in jit", _until_ready(lambda: ours(tree)), group)]
     if not isinstance(job, MPIJob):
         notes.append("mpi4jax's row needs an MPI job: --backend mpi")
     elif not has("mpi4jax"):
@@ -131,9 +154,9 @@ def _in_jit(job: Job, tree: dict[str, Any], ring: int, notes: list[str]) -> list
 
         comm = job.group()
         each = functools.partial(mpi4jax.allreduce, op=MPI.SUM, comm=comm)
-        rows.append(
-            Row("mpi4jax.allreduce per leaf in jit", compiled(lambda tree: jax.tree.map(each, tree)), sends=ring)
-        )
+        theirs = jax.jit(lambda tree: jax.tree.map(each, tree))
+        sends = _ring(job, spec.nbytes)
+        rows.append(Row("mpi4jax.allreduce per leaf in jit", _until_ready(lambda: theirs(tree)), sends=sends))
     return rows
 
 

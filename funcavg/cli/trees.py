@@ -14,10 +14,27 @@ import optree
 
 from funcavg.cli.environment import CliError
 
-__all__ = ["NAMED", "Leaf", "Spec", "arrays", "random_array", "read"]
+__all__ = ["NAMED", "Leaf", "Spec", "arrays", "random_array", "random_tensor", "read"]
 
-WIDTHS = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "complex64": 8, "complex128": 16}
-SAFETENSORS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64"}
+WIDTHS = {
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "float16": 2,
+    "bfloat16": 2,
+    "float32": 4,
+    "float64": 8,
+    "complex64": 8,
+    "complex128": 16,
+}
+SAFETENSORS = {
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "C64": "complex64",
+}
 
 
 class Leaf(NamedTuple):
@@ -158,22 +175,26 @@ READERS: dict[str, tuple[str, Callable[[Path], dict[str, Leaf]]]] = {
 
 def random_array(shape: int | tuple[int, ...], dtype: str) -> Any:
     """Make a NumPy array of random numbers."""
-    if dtype == "bfloat16":
+    if dtype.startswith(("bfloat", "float8")):
         if importlib.util.find_spec("ml_dtypes") is None:
-            raise CliError("NumPy has no bfloat16 without ml_dtypes: pip install ml_dtypes")
+            raise CliError(f"NumPy has no {dtype} without ml_dtypes: pip install ml_dtypes")
         importlib.import_module("ml_dtypes")
     return np.asarray(np.random.default_rng(0).standard_normal(shape, np.float32), dtype)
+
+
+def random_tensor(shape: int | tuple[int, ...], dtype: str, device: str) -> Any:
+    """Make a torch tensor of random numbers."""
+    import torch
+
+    shape = (shape,) if isinstance(shape, int) else shape
+    kind = getattr(torch, dtype)
+    return torch.randn(shape, dtype=kind if kind.itemsize > 1 else torch.float32, device=device).to(kind)
 
 
 def arrays(spec: Spec, kind: str, device: str = "cpu") -> dict[str, Any]:
     """Make the tree of random numbers, of torch, NumPy or JAX."""
     if kind == "torch":
-        import torch
-
-        return {
-            name: torch.randn(leaf.shape, dtype=getattr(torch, leaf.dtype), device=device)
-            for name, leaf in spec.leaves.items()
-        }
+        return {name: random_tensor(leaf.shape, leaf.dtype, device) for name, leaf in spec.leaves.items()}
     made = {name: random_array(leaf.shape, leaf.dtype) for name, leaf in spec.leaves.items()}
     if kind == "numpy":
         return made

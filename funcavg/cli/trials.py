@@ -1,0 +1,132 @@
+"""One thing to try after the other, in processes that end when their time is up."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import IO, NamedTuple
+
+from funcavg.cli.environment import LIBRARIES, CliError, has, mpiexec, unlaunched
+
+__all__ = ["ABSENT", "FAILED", "NO", "OK", "SUBJECTS", "TRIALS", "Finding", "attempt"]
+
+SUBJECTS = ("threads", "torch", "nccl", "jax", "mpi", "node")
+OK, FAILED, ABSENT, NO = "ok", "failed", "absent", "no"
+LATE = "no end within {:g} s; --timeout gives it more"
+
+
+class Trial(NamedTuple):
+    """Something to try, in processes of its own."""
+
+    what: str  # one of SUBJECTS that it decides
+    name: str
+    check: str  # one of `checks.CHECKS`
+    needs: str = "numpy"  # library
+    start: str = "alone"  # or as two "ranks", or by "mpiexec"
+
+
+TRIALS = [
+    Trial("threads", "threads", "threads"),
+    Trial("torch", "torch", "torch", "torch"),
+    Trial("torch", "torch, Gloo", "gloo", "torch", "ranks"),
+    Trial("nccl", "torch, NCCL", "nccl", "torch", "ranks"),
+    Trial("jax", "JAX", "jax", "jax"),
+    Trial("jax", "JAX, axis", "axis", "jax"),
+    Trial("mpi", "mpi4py", "mpi", "mpi4py"),
+    Trial("mpi", "MPI", "mpi-ranks", "mpi4py", "mpiexec"),
+    Trial("node", "shared memory", "memory"),
+]
+
+
+class Finding(NamedTuple):
+    """A row: whether something works."""
+
+    what: str  # one of SUBJECTS that it decides, or "" for a fact
+    name: str
+    state: str
+    details: str
+    seconds: float = 0.0
+    node: str = ""  # what was logged about shared memory
+
+
+def attempt(trial: Trial, timeout: float) -> Finding:
+    """Try one thing, in new processes that end when their time is up."""
+    if not has(trial.needs):
+        return Finding(trial.what, trial.name, ABSENT, f"not installed: {LIBRARIES[trial.needs]}")
+    start = time.perf_counter()
+    environ = unlaunched(os.environ) | {"FUNCAVG_DOCTOR_ALARM": str(math.ceil(timeout))}
+    environ.setdefault("OMP_NUM_THREADS", "1")
+    command = [sys.executable, "-c", "from funcavg.cli.checks import enter; enter()", trial.check]
+    state, found = FAILED, dict[str, str]()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            if trial.start == "mpiexec":
+                commands = [[*mpiexec(os.environ, timeout), "-n", "2", *command, "each", "2"]]
+            else:
+                commands = [[*command, str(rank), "2", folder] for rank in range(2)]
+                commands = commands if trial.start == "ranks" else [command]
+            found = _run(commands, environ, timeout)
+            state = ABSENT if "absent" in found else OK
+            details = found.get("absent") or found["details"]
+        except (CliError, OSError) as error:
+            details = str(error)
+    return Finding(trial.what, trial.name, state, details, time.perf_counter() - start, found.get("node", ""))
+
+
+def _run(commands: Sequence[Sequence[str]], environ: dict[str, str], timeout: float) -> dict[str, str]:
+    """Run the processes of a trial to their end; return what the first has found, or raise CliError."""
+    with contextlib.ExitStack() as resources:
+        files = [[resources.enter_context(tempfile.TemporaryFile("w+")) for _ in "oe"] for _ in commands]
+        processes = [
+            subprocess.Popen(
+                command, env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, start_new_session=True
+            )
+            for command, (output, errors) in zip(commands, files, strict=True)
+        ]
+        resources.callback(_end, processes)
+        deadline, failed = time.monotonic() + timeout, None
+        while failed is None and any(process.poll() is None for process in processes):
+            failed = next((rank for rank, process in enumerate(processes) if process.poll()), None)
+            if failed is None and time.monotonic() > deadline:
+                raise CliError(LATE.format(timeout))
+            time.sleep(0.01)
+        failed = next((rank for rank, process in enumerate(processes) if process.poll()), failed)
+        outputs, errors = zip(*[[_read(file) for file in pair] for pair in files], strict=True)
+    if failed is not None:
+        if processes[failed].returncode == -signal.SIGALRM:
+            raise CliError(LATE.format(timeout))
+        lines = [line for line in errors[failed].splitlines() if line.strip()]
+        code = processes[failed].returncode
+        raise CliError(lines[-1].strip() if lines else f"ended with code {code}, and said nothing")
+    found = [line for output in outputs for line in output.splitlines() if line.startswith("{")]
+    if not found:
+        raise CliError(f"said nothing: {outputs[0].strip() or errors[0].strip()}")
+    result: dict[str, str] = json.loads(found[0])
+    return result
+
+
+def _read(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End what still runs: a launcher is asked first, so that it ends its ranks, which are in groups of their own."""
+    running = [process for process in processes if process.poll() is None]
+    for process in running:
+        process.terminate()
+    for process in running:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(2)
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
