@@ -1,13 +1,16 @@
 """The commands measure and diagnose; a user's mistake is one line and a code, never a traceback."""
 
+import argparse
 import contextlib
 import io
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import mpi
@@ -118,12 +121,29 @@ def test_a_library_that_is_not_there_is_one_line(folder, capsys, monkeypatch, ar
     assert errors.count("\n") == 1
 
 
-def test_one_rank_speaks_for_all(capsys, monkeypatch):
+def test_a_rank_that_may_be_alone_speaks_for_itself(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     monkeypatch.setenv("PMI_SIZE", "2")
     monkeypatch.setenv("PMI_RANK", "1")
-    assert main(["bench"]) == 2
-    assert capsys.readouterr() == ("", "")
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    assert main(["bench"]) == 2  # rank 0 may be fine: where it is not, the launcher ends this rank meanwhile
+    assert waited == [1]
+    assert capsys.readouterr().err.startswith(
+        "funcavg bench: rank 1: MPICH's mpiexec has started 2 ranks, and an MPI job"
+    )
+
+
+def test_what_ranks_agree_on_is_said_once(capsys, monkeypatch):
+    def run(args):
+        raise jobs.AgreedError("all of us")
+
+    monkeypatch.setattr(bench, "run", run)
+    monkeypatch.setenv("PMI_SIZE", "2")
+    for rank, says in (("0", "funcavg bench: all of us\n"), ("1", "")):
+        monkeypatch.setenv("PMI_RANK", rank)
+        assert main(["bench"]) == 2
+        assert capsys.readouterr().err == says
 
 
 class Threads(jobs.Job):
@@ -152,15 +172,29 @@ def test_a_file_that_one_rank_cannot_read_ends_all(bad):
     assert run_ranks(2, worker) == [f"{who}model.npz: no such file"] * 2
 
 
+def test_ranks_with_different_files_do_not_start():
+    def worker(group):
+        def read():
+            return trees.Spec("model.npz", {"w": trees.Leaf("float32", (2 + group.rank // 2,))})
+
+        with pytest.raises(jobs.AgreedError) as caught:
+            jobs.agree(Threads(group), read, same=lambda spec: spec)
+        return str(caught.value)
+
+    says = "ranks 0 and 2 of 3 differ: in the tree, the options, or what is installed"
+    assert run_ranks(3, worker) == [says] * 3
+
+
 def test_ranks_that_all_can_go_on():
     assert run_ranks(2, lambda group: jobs.agree(Threads(group), lambda: group.rank)) == [0, 1]
 
 
 def test_variables_of_a_launcher_do_not_reach_jobs_inside():
-    user = {"OMPI_MCA_btl": "self,tcp", "HOME": "/root"}
+    user = {"OMPI_MCA_btl": "self,tcp", "SLURM_JOB_ID": "7", "HOME": "/root"}
     assert environment.unlaunched(user) == user
     job = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "PMIX_RANK": "1", "MASTER_PORT": "1"}
     assert environment.unlaunched(user | job) == {"HOME": "/root"}
+    assert environment.unlaunched(user | {"PMI_SIZE": "1", "PMI_RANK": "0", "PMI_FD": "9"}) == user
 
 
 # Trees
@@ -219,7 +253,7 @@ def test_tied_leaves_are_one(tmp_path, zipped):
 
 def test_leaves_that_torchs_averager_or_mpi_cannot_sum(tmp_path):
     torch.save({"z": torch.ones(4, dtype=torch.complex64), "h": torch.ones(2, dtype=torch.bfloat16)}, tmp_path / "z.pt")
-    spec, notes = trees.read(str(tmp_path / "z.pt")), []
+    spec = trees.read(str(tmp_path / "z.pt"))
 
     class Some(jobs.MPIJob):
         rank, size, library = 0, 2, "MPI"
@@ -230,12 +264,13 @@ def test_leaves_that_torchs_averager_or_mpi_cannot_sum(tmp_path):
         def group(self):
             return None
 
-    names = [row.name for row in rows.make_rows(Some(), spec, "torch", "cpu", contextlib.ExitStack())[0]]
-    assert names == ["memcpy", "funcavg", "funcavg, donate", "funcavg, FUNCAVG_NODE=off", OFF]
-    rows._baselines(Some(), spec, 0, notes)
+    args = argparse.Namespace(leaves="numpy", device="cpu")
+    found, notes = rows.make_rows(Some(), spec, args, contextlib.ExitStack())
+    names = ["nothing but the barriers", "memcpy", "funcavg", "funcavg, donate", "funcavg, FUNCAVG_NODE=off", OFF]
+    assert [row.name for row in found] == names
     assert notes == [
-        "a flat buffer for each dtype: complex64, bfloat16",
         "MPI has no sum of bfloat16, so there is no plain all-reduce of this tree",
+        "torch's averager does not average complex64",
     ]
 
 
@@ -264,6 +299,7 @@ def test_arrays_are_those_of_the_file(files, kind):
 # bench
 
 COMMON = {
+    "nothing but the barriers",
     "memcpy",
     "one all-reduce of a flat buffer",
     "one all-reduce per leaf",
@@ -320,7 +356,7 @@ def test_bench_takes_the_ranks_of_torchrun():
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
     assert table[0] == ["", "ms", "spread", "GB/s", "/ torch's", "/ memcpy", "MB sent", "MB extra"]
     byname = {row[0]: row[1:] for row in table[1:]}
-    assert list(byname) == ["memcpy", "torch's averager", "funcavg, donate", OFF]
+    assert list(byname) == ["nothing but the barriers", "memcpy", "torch's averager", "funcavg, donate", OFF]
     assert byname["torch's averager"][3] == byname["memcpy"][4] == "1.00"
     ours, theirs = float(byname["funcavg, donate"][0]), float(byname["torch's averager"][0])
     assert float(byname["funcavg, donate"][3]) == pytest.approx(ours / theirs, rel=0.02)
@@ -366,6 +402,80 @@ def test_a_launcher_of_another_library():
     )
 
 
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """Have an mpiexec that starts processes which know nothing of each other."""
+    mpi.start(0, "-c", "").communicate()
+    (tmp_path / "mpiexec").write_text('#!/bin/sh\nshift 2; "$@" && "$@"\n')
+    (tmp_path / "mpiexec").chmod(0o755)
+    monkeypatch.setenv("MPIEXEC", str(tmp_path / "mpiexec"))
+
+
+@pytest.mark.mpi
+def test_an_mpiexec_that_connects_nobody(alone, capsys):
+    done = command("bench", "--backend", "mpi", "--tree", "thousand-small")
+    assert done.returncode == 2
+    says = "funcavg has started 2 ranks, but MPI.COMM_WORLD has 1: the launcher is not that of mpi4py's library, "
+    assert f"funcavg bench: {says}" in done.stderr
+    assert main(["doctor", "mpi", "--timeout", "60"]) == 1
+    assert re.search(r"(?m)^MPI +failed +2 ranks were started, but each has a COMM_WORLD of 1", capsys.readouterr().out)
+
+
+@pytest.mark.mpi
+def test_a_job_of_one_rank():
+    done = mpi.mpiexec(0, "-m", "funcavg", "bench", "--backend=mpi", "--ranks=1", "--tree=thousand-small", "--turns=1")
+    assert done.returncode == 0, done.stderr
+    assert "; 1 rank, " in done.stdout
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("mpi", marks=pytest.mark.mpi)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ranks_end_with_the_command(backend, number):
+    if backend == "mpi":
+        mpi.start(0, "-c", "").communicate()
+    args = [
+        sys.executable,
+        "-m",
+        "funcavg",
+        "bench",
+        "--turns",
+        "9999",
+        "--tree",
+        "thousand-small",
+        "--backend",
+        backend,
+    ]
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(args, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        ranks = []
+        while len(ranks) < 2:  # until both have loaded their library
+            assert process.poll() is None
+            time.sleep(0.1)
+            ranks = [pid for pid in mpi.children(process.pid) if is_rank(pid)]
+        time.sleep(3)
+        process.send_signal(number)
+        process.wait(20)
+        deadline = time.monotonic() + 5
+        while any(Path(f"/proc/{pid}/maps").exists() and is_rank(pid) for pid in ranks):
+            assert time.monotonic() < deadline, "ranks live on"
+            time.sleep(0.1)
+        assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    finally:
+        for pid in (*mpi.children(process.pid), process.pid, *ranks):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def is_rank(pid):
+    with contextlib.suppress(OSError):
+        return (
+            b"numpy" in Path(f"/proc/{pid}/maps").read_bytes()
+            and b"python" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
+    return False
+
+
 @pytest.mark.mpi
 def test_a_mistake_in_an_mpi_job_is_one_line():
     mpi.start(0, "-c", "").communicate()
@@ -388,8 +498,10 @@ def test_rows_take_turns():
     ways = [rows.Row(name, lambda name=name: order.append(name)) for name in ("memcpy", "ours")]
     progress = []
     times = bench._in_turns(Alone(), ways, 3, lambda: progress.append(1))
-    turn = ["barrier", "memcpy", "barrier", "barrier", "ours", "barrier"]
-    assert order == turn * (bench.WARM_UP + 3)
+    turns = [tuple(order[i : i + 6]) for i in range(0, len(order), 6)]
+    turn = ("barrier", "memcpy", "barrier", "barrier", "ours", "barrier")
+    assert len(turns) == bench.WARM_UP + 3
+    assert set(turns) == {turn, (*turn[3:], *turn[:3])}  # each once, in an order of its own
     assert len(progress) == 2 * (bench.WARM_UP + 3)
     assert [len(times[name]) for name in ("memcpy", "ours")] == [3, 3]
 
@@ -411,25 +523,18 @@ def test_node_settings_are_those_of_the_user_again(monkeypatch):
     ("medians", "says"),
     [
         (
-            {"memcpy": 10, "torch's averager": 60, "funcavg": 15, "funcavg, donate": 20},  # whatever is fastest
-            "takes 20.0 ms (funcavg, donate), 2.0 times a memcpy and 3.0 times faster than torch's averager",
+            {"memcpy": 10, "one all-reduce per leaf": 16, "torch's averager": 60, "funcavg": 15, "funcavg, donate": 20},
+            (
+                "20.0 ms (funcavg, donate): 2.0 times as long as a memcpy, 1.25 times as long as one all-reduce per "
+                "leaf and 0.33 times as long as torch's averager"
+            ),
         ),
-        (
-            {"memcpy": 10, "torch's averager": 60, "funcavg, donate": 90},
-            "takes 90.0 ms (funcavg, donate), 9.0 times a memcpy and 1.5 times slower than torch's averager",
-        ),
-        (
-            {"memcpy": 10, "torch's averager": 60, "funcavg, donate": 58.5},
-            "takes 58.5 ms (funcavg, donate), 5.9 times a memcpy and about as long as torch's averager",
-        ),
-        ({"memcpy": 10, "funcavg": 40}, "takes 40.0 ms (funcavg), 4.0 times a memcpy"),
+        ({"memcpy": 10, "funcavg": 9.5}, "9.50 ms (funcavg): 0.9 times as long as a memcpy"),
     ],
 )
 def test_the_last_sentence(medians, says):
-    found = [
-        {"name": name, "median_ms": value, "quartiles_ms": [value - 1, value + 1]} for name, value in medians.items()
-    ]
-    assert report.sentence("m", 2, found) == f"Averaging m over 2 ranks {says}."
+    found = [{"name": name, "median_ms": value} for name, value in medians.items()]
+    assert report.sentence("m", 2, found) == f"Averaging m over 2 ranks takes {says}."
 
 
 def test_the_last_sentence_without_ours():
@@ -455,7 +560,9 @@ def test_progress_is_shown_on_a_terminal(monkeypatch, shown):
 def test_rows_that_are_not_there():
     done = command("bench", "--tree", "thousand-small", "--rows", "nccl")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("funcavg bench: no row has one of ['nccl'] in its name: memcpy; one all-reduce")
+    assert done.stderr.startswith(
+        "funcavg bench: no row has one of ['nccl'] in its name: nothing but the barriers; memcpy;"
+    )
     assert done.stderr.count("\n") == 1
 
 
@@ -529,7 +636,8 @@ def test_doctor_tries_mpi(size):
         ("import signal; signal.alarm(1); signal.pause()", "no end within 1 s; --timeout gives it more"),
         ("raise OSError('broken')", "OSError: broken"),
         ("import os; os._exit(3)", "ended with code 3, and said nothing"),
-        ("print('hello')", "said nothing: hello"),
+        ("print('x' * 100000, flush=True); raise OSError('after much')", "OSError: after much"),
+        ("print('hello')", "hello"),
     ],
 )
 def test_a_check_that_fails_says_why(code, says):
@@ -552,7 +660,7 @@ def test_a_job_that_cannot_be_connected_is_a_finding(capsys, monkeypatch, missin
         monkeypatch.setenv(name, value)
     if missing:
         monkeypatch.setitem(sys.modules, missing, None)
-    finding = doctor._this_job(1.0)
+    finding = doctor._this_job(["torch"], 1.0)
     assert (finding.what, finding.state) == ("torch", "failed")
     assert says in finding.details
     assert main(["doctor", "threads", "--timeout", "5", "--json"]) == 0
@@ -594,6 +702,12 @@ def test_an_mpi_library_that_does_not_load(monkeypatch, tmp_path):
     monkeypatch.setattr(environment, "has", lambda library: True)
     with pytest.raises(environment.CliError, match="mpi4py does not load its MPI library within 1 s"):
         environment.mpiexec(os.environ, timeout=1)
+
+
+def test_the_rank_that_fails_is_heard_and_not_the_one_that_waits():
+    codes = ["import time; time.sleep(60)", "raise OSError('the reason')"]
+    with pytest.raises(environment.CliError, match=r"^OSError: the reason$"):
+        trials._run([[sys.executable, "-c", code] for code in codes], dict(os.environ), 20.0)
 
 
 def test_a_wrong_mean_is_noticed(monkeypatch):

@@ -107,8 +107,9 @@ def _run(commands: Sequence[Sequence[str]], environ: dict[str, str], timeout: fl
         code = processes[failed].returncode
         raise CliError(lines[-1].strip() if lines else f"ended with code {code}, and said nothing")
     found = [line for output in outputs for line in output.splitlines() if line.startswith("{")]
-    if not found:
-        raise CliError(f"said nothing: {outputs[0].strip() or errors[0].strip()}")
+    if not found:  # a launcher need not end with the code of its ranks
+        said = (errors[0].strip() or outputs[0].strip()).splitlines()
+        raise CliError(said[-1] if said else "ended without a result")
     result: dict[str, str] = json.loads(found[0])
     return result
 
