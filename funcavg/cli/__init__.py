@@ -18,6 +18,8 @@ from funcavg.cli.jobs import AgreedError
 
 __all__ = ["main"]
 
+COMMANDS = {"bench": bench, "doctor": doctor}
+
 
 class _Parser(argparse.ArgumentParser):
     """One line for a mistake, too."""
@@ -30,8 +32,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="funcavg", description="Measure averaging on this machine, and find out what works on it.")
     parser.add_argument("--version", action="version", version=f"funcavg {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="bench | doctor")
-    bench.add_arguments(commands.add_parser("bench", help=bench.ABOUT, description=bench.ABOUT, epilog=bench.HOW))
-    doctor.add_arguments(commands.add_parser("doctor", help=doctor.ABOUT, description=doctor.ABOUT, epilog=doctor.HOW))
+    for name, command in COMMANDS.items():
+        raw = argparse.RawDescriptionHelpFormatter
+        command.add_arguments(
+            commands.add_parser(
+                name, help=command.ABOUT, description=command.ABOUT, epilog=command.HOW, formatter_class=raw
+            )
+        )
     return parser
 
 
@@ -42,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(argv, argparse.Namespace(argv=argv))
         command = f"funcavg {args.command}"
-        return {"bench": bench.run, "doctor": doctor.run}[args.command](args)
+        return COMMANDS[args.command].run(args)
     except (CliError, FuncavgError) as error:
         rank = rank_of(os.environ)
         if rank > 0 and not isinstance(error, AgreedError):

@@ -27,11 +27,24 @@ from funcavg.collectives import as_collective, launched_ranks
 __all__ = ["ABOUT", "HOW", "add_arguments", "run"]
 
 ABOUT = "Measure how long averaging a tree takes on these ranks, and against what."
-HOW = (
-    "Alone it starts two ranks on this machine. In a job it takes the job's ranks: `torchrun -m funcavg bench`, "
-    "`mpiexec -n 4 funcavg bench`. Rows take turns, so that a machine that slows down slows all of "
-    "them; times are from barrier to barrier. FUNCAVG_NODE=a or b, told to different ranks, keeps them apart as hosts."
-)
+HOW = """\
+Alone, it starts two ranks on this machine. In a job it takes the job's ranks: `torchrun -m funcavg bench`,
+`mpiexec -n 4 funcavg bench`. To measure as if ranks were on two hosts, let FUNCAVG_NODE be a on some and b on others.
+
+rows:
+  nothing but the barriers         what is in the times of all rows
+  memcpy                           a copy of the tree's bytes, by all ranks at once: the floor
+  one all-reduce of a flat buffer  the library's own sum of as many bytes, without packing or division
+  one all-reduce per leaf          the same, leaf by leaf
+  torch's averager                 PeriodicModelAverager of torch.distributed, over Gloo or NCCL
+  funcavg's PeriodicModelAverager  its stand-in
+  funcavg                          funcavg.average, which makes a new tree
+  ..., donate                      and which writes into the old one's memory
+  ..., FUNCAVG_NODE=off            and where ranks of one host do not meet in shared memory
+  funcavg in jit, mpi4jax in jit   compiled, with JAX arrays
+
+Every turn runs each row once, in another order. Times are from barrier to barrier.
+"""
 WARM_UP = 2  # turns that are not counted
 
 

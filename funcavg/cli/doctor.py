@@ -23,10 +23,10 @@ from funcavg.collectives import LAUNCHERS, launched_ranks
 __all__ = ["ABOUT", "HOW", "add_arguments", "run"]
 
 ABOUT = "Find out what works on this machine: frameworks, backends, MPI, shared memory, and averaging over each."
-HOW = (
-    "Exit code 0: all that you asked for works; if you ask for nothing, all that is installed. In a job (torchrun, "
-    "mpiexec, srun) the job's own ranks are tried as well, and rank 0 reports."
-)
+HOW = """\
+Exit code 0: all that you asked for works; if you ask for nothing, all that is installed. In a job (torchrun, mpiexec,
+srun) the job's own ranks are tried as well, they alone decide whether ranks share memory, and rank 0 reports.
+"""
 JOB = "this job"
 SETTINGS = (
     "FUNCAVG_NODE",

@@ -90,7 +90,7 @@ def text(result: dict[str, Any]) -> str:
             row["name"],
             _ms(row["median_ms"]),
             _ms(row["quartiles_ms"][1] - row["quartiles_ms"][0]),
-            f"{row['GB_per_s']:.2f}",
+            f"{row['GB_per_s']:.2f}" if row["name"] != NOTHING else "–",
             ratio(row, THEIRS),
             ratio(row, FLOOR),
             f"{row['bytes_sent'] / 1e6:.1f}",
