@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(argv, argparse.Namespace(argv=argv))
         command = f"funcavg {args.command}"
-        return COMMANDS[args.command].run(args)
+        return int(COMMANDS[args.command].run(args))
     except (CliError, FuncavgError) as error:
         rank = rank_of(os.environ)
         if rank > 0 and not isinstance(error, AgreedError):

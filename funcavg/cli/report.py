@@ -35,6 +35,7 @@ def plot(path: str, title: str, rows: Sequence[dict[str, Any]]) -> None:
     """Draw the medians as bars, with the spread of their turns."""
     from matplotlib.figure import Figure
 
+    rows = [row for row in rows if row["name"] != NOTHING]
     figure = Figure(figsize=(8, 1.2 + 0.4 * len(rows)), layout="constrained")
     axes = figure.subplots()
     names, medians = [row["name"] for row in rows], [row["median_ms"] for row in rows]
