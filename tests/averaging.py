@@ -7,11 +7,14 @@ and every operation of the loops rounds as those of the library do, so results a
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import torch
+
+from funcavg import diloco, hierarchical, periodic
 
 RATE = 0.125
 SIZE = 3
@@ -19,6 +22,22 @@ TARGETS = [np.random.default_rng(10 + i).normal(size=4) for i in range(SIZE)]
 SLOPES = [np.random.default_rng(20 + i).uniform(0.5, 1.5, size=4) for i in range(SIZE)]
 STARTS = [np.random.default_rng(30 + i).normal(size=4) for i in range(SIZE)]
 FRAMEWORKS = {"numpy": np.array, "torch": torch.tensor, "jax": jax.numpy.asarray}
+
+
+class Method(NamedTuple):
+    """A row of the table of methods: two ways to make it for a group of two, each over all of its ranks."""
+
+    make: Callable[[Any], Any]  # averages in the middle of its steps, and is in the middle of a period after 6
+    make_eager: Callable[[Any], Any]  # averages at its first update
+
+
+METHODS = {
+    "periodic": Method(lambda g: periodic(3, warmup=2, group=g), lambda g: periodic(1, group=g)),
+    "hierarchical": Method(
+        lambda g: hierarchical({2: 1, 4: 2}, warmup=3, group=g), lambda g: hierarchical({1: g}, group=g)
+    ),
+    "diloco": Method(lambda g: diloco(3, warmup=2, group=g), lambda g: diloco(1, group=g)),
+}
 
 
 def x64(framework: str) -> Any:

@@ -344,9 +344,7 @@ def jax_loop(averager, group, rank, steps, *, scanned):
 
 
 MAKERS = {
-    "periodic": lambda g: periodic(3, warmup=2, group=g),
-    "hierarchical": lambda g: hierarchical({2: 1, 4: 2}, warmup=3, group=g),
-    "diloco": lambda g: diloco(3, warmup=2, group=g),
+    **{name: method.make for name, method in averaging.METHODS.items()},
     "optax": lambda g: diloco(3, outer=optax.adam(0.1), group=g),
 }
 

@@ -7,16 +7,14 @@ import pytest
 import torch
 from averaging import RATE, x64
 
-from funcavg import averagers, diloco, hierarchical, outer, periodic
+from funcavg import averagers, diloco, outer
 from funcavg.testing import run_ranks
 
 jax = pytest.importorskip("jax")
 optax = pytest.importorskip("optax")
 
 MAKERS = {
-    "periodic": lambda g: periodic(4, warmup=2, group=g),
-    "hierarchical": lambda g: hierarchical({2: 1, 4: 2}, group=g),
-    "diloco": lambda g: diloco(4, group=g),
+    **{name: method.make for name, method in averaging.METHODS.items()},
     "sgd": lambda g: diloco(4, outer=outer.sgd(1.0), group=g),
     "torch": lambda g: diloco(4, outer=lambda p: torch.optim.AdamW(p, lr=0.1), group=g),
     "optax": lambda g: diloco(4, outer=optax.adam(0.1), group=g),
@@ -26,8 +24,8 @@ MAKERS = {
 def with_torch(tree, folder):
     """The state as it is; `torch.load` must be told of the classes, which are not torch's."""
     torch.save(tree, folder / "state.pt")
-    classes = (averagers.PeriodicState, averagers.HierarchicalState, averagers.DiLoCoState, outer.MomentumState)
-    torch.serialization.add_safe_globals(list(classes))
+    classes = [getattr(averagers, name) for name in averagers.__all__ if name.endswith("State")]
+    torch.serialization.add_safe_globals([*classes, outer.MomentumState])
     return torch.load(folder / "state.pt", weights_only=True)
 
 
@@ -66,8 +64,8 @@ def with_orbax(tree, folder):
 
 
 CASES = [
-    *((name, "torch", with_torch) for name in ("periodic", "hierarchical", "diloco", "sgd", "torch")),
-    *((name, "numpy", with_numpy) for name in ("periodic", "hierarchical", "diloco", "sgd")),
+    *((name, "torch", with_torch) for name in (*averaging.METHODS, "sgd", "torch")),
+    *((name, "numpy", with_numpy) for name in (*averaging.METHODS, "sgd")),
     *((name, "torch", with_numpy_into_tensors) for name in ("diloco", "torch")),
     *((name, "torch", with_safetensors) for name in ("periodic", "diloco")),
     *((name, "jax", with_numpy_into_jax) for name in ("periodic", "diloco", "optax")),

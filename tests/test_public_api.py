@@ -1,6 +1,8 @@
 """The public names: a name that appears or goes is a decision, not an accident."""
 
+import importlib
 import re
+from pathlib import Path
 
 import pytest
 
@@ -28,8 +30,38 @@ NAMES = [
 ]
 
 
+MODULES = {
+    "averagers": [
+        *("Averager", "DiLoCoState", "HierarchicalState", "InitFn", "PeriodicState", "UpdateFn"),
+        *("diloco", "hierarchical", "periodic"),
+    ],
+    "collectives": ["Collective", "Solo", "as_collective", "default_group", "is_outside", "launched_ranks"],
+    "outer": ["MomentumState", "Outer", "as_outer", "nesterov", "sgd"],
+    "stateful": ["HierarchicalModelAverager", "ModelAverager", "PeriodicModelAverager", "PostLocalSGDOptimizer"],
+    "testing": ["run_ranks"],
+    "cli": ["main"],
+}
+
+
 def test_all_is_sorted_and_complete():
     assert funcavg.__all__ == NAMES == sorted(NAMES)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_have_these_names(module):
+    found = importlib.import_module(f"funcavg.{module}")
+    assert found.__all__ == MODULES[module]
+    assert all(getattr(found, name).__doc__ for name in found.__all__ if callable(getattr(found, name)))
+
+
+def test_nothing_else_is_listed():
+    assert set(dir(funcavg)) == {*NAMES, "__version__", "averagers", "collectives"}
+
+
+def test_the_reference_has_every_name():
+    page = (Path(__file__).parent.parent / "docs" / "reference.md").read_text(encoding="utf-8")
+    words = set(re.findall(r"\w+", page))
+    assert set(NAMES) <= words
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,9 +7,6 @@ from funcavg.averagers._diloco import DiLoCoState, diloco
 from funcavg.averagers._hierarchical import HierarchicalState, hierarchical
 from funcavg.averagers._periodic import PeriodicState, periodic
 
-for _state in (DiLoCoState, HierarchicalState, PeriodicState):
-    _state.__module__ = __name__  # as checkpoints that pickle a state name it
-
 __all__ = [
     "Averager",
     "DiLoCoState",
@@ -21,3 +18,7 @@ __all__ = [
     "hierarchical",
     "periodic",
 ]
+
+for _name in __all__:
+    if _name.endswith("State"):
+        globals()[_name].__module__ = __name__  # as checkpoints that pickle a state name it
