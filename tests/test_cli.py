@@ -103,7 +103,6 @@ def test_a_mistake_is_one_line(folder, capsys, args, says):
         ("bench --backend mpi", "mpi4py", {}, "an MPI job needs mpi4py, which is not installed: pip install"),
         ("bench --leaves jax", "jax", {}, "--leaves jax needs jax, which is not installed: pip install jax"),
         ("bench --plot a.png", "matplotlib", {}, "--plot needs matplotlib, which is not installed"),
-        ("bench --tree bad.pt", "torch", {}, "bad.pt: .pt files need torch: pip install torch"),
         ("bench", "torch", {"WORLD_SIZE": "2", "RANK": "0"}, "torchrun has started 2 ranks, and a job over torch"),
         ("bench", "mpi4py", {"PMI_SIZE": "2", "PMI_RANK": "0"}, "MPICH's mpiexec has started 2 ranks, and an MPI job"),
         ("bench --backend torch", "", {"PMI_SIZE": "2", "PMI_RANK": "0"}, "needs MASTER_ADDR and MASTER_PORT"),
@@ -119,6 +118,12 @@ def test_a_library_that_is_not_there_is_one_line(folder, capsys, monkeypatch, ar
     assert output == ""
     assert says in errors
     assert errors.count("\n") == 1
+
+
+def test_a_file_whose_library_is_not_there(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(environment.CliError, match=r"^bad\.pt: \.pt files need torch: pip install torch$"):
+        trees.read("bad.pt")
 
 
 def test_a_rank_that_may_be_alone_speaks_for_itself(capsys, monkeypatch):
