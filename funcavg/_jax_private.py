@@ -74,7 +74,7 @@ def prepare_jax() -> tuple[Any, Callable[[Any, Sequence[Any], Run], Sequence[Any
 
     private = _private()
 
-    class Averages(private.effects.Effect):  # type: ignore[misc, name-defined]
+    class Averages(private.effects.Effect):  # type: ignore[misc, name-defined]  # found at run time only
         def __str__(self) -> str:
             return "Averages"
 

@@ -161,6 +161,18 @@ class Threads(jobs.Job):
         return self._group
 
 
+def test_words_of_any_script_and_length_reach_the_others():
+    def worker(group):
+        def read():
+            raise environment.CliError("モデル🙂" * 1000)
+
+        with pytest.raises(jobs.AgreedError) as caught:
+            jobs.agree(Threads(group), read)
+        return str(caught.value)
+
+    assert run_ranks(2, worker) == [("モデル🙂" * 1000)[: jobs.LONGEST]] * 2
+
+
 @pytest.mark.parametrize("bad", [{1}, {0, 1}])
 def test_a_file_that_one_rank_cannot_read_ends_all(bad):
     def worker(group):

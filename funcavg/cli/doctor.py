@@ -126,8 +126,9 @@ def _try_all(whats: Sequence[str], timeout: float, job: Finding | None) -> Itera
         meets = trial.check in ("gloo", "mpi-ranks") and "node" in whats and job is None
         if trial.what not in whats and not meets:
             continue
-        if job is not None and job.what == "mpi" == trial.what and job.state == OK:
-            if trial.check == "mpi":  # MPI is running already, and cannot start jobs inside
+        in_mpi = job is not None and job.what == "mpi" and job.state == OK
+        if in_mpi and trial.what == "mpi":  # it is running already, and cannot start jobs inside
+            if trial.check == "mpi":
                 yield Finding("mpi", trial.name, OK, checks.mpi_facts()["details"])
             continue
         yield (finding := attempt(trial, timeout))

@@ -15,6 +15,7 @@ from funcavg.collectives import LAUNCHERS, launched_ranks
 
 __all__ = [
     "LIBRARIES",
+    "STARTED",
     "CliError",
     "choose_backend",
     "cores",

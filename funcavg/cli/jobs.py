@@ -1,4 +1,4 @@
-"""The ranks of a command: those of the launcher that has started it, or two of its own."""
+"""The ranks that a command runs on, over torch.distributed or MPI, and what they agree about."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from funcavg.collectives import as_collective, launched_ranks
 
 __all__ = ["AgreedError", "Job", "MPIJob", "TorchJob", "agree", "connect"]
 
-SAID = 512  # bytes of what ranks tell each other about a failure
+SAID = 4096  # bytes of what ranks tell each other
+LONGEST = 256  # characters of a failure: JSON may need 12 bytes for each
 
 
 class AgreedError(CliError):
@@ -183,10 +184,10 @@ def agree(job: Job, fn: Callable[[], Any], same: Callable[[Any], Any] = type, ti
         mine = fn()
         told["digest"] = hashlib.blake2b(repr(same(mine)).encode(), digest_size=16).hexdigest()
     except CliError as error:
-        told["failure"] = str(error)[: SAID // 2]
+        told["failure"] = str(error)[:LONGEST]
     group = as_collective(job.group())
     assert group is not None
-    answers = [json.loads(answer) for answer in group.gather(json.dumps(told).encode()[:SAID].ljust(SAID), timeout)]
+    answers = [json.loads(answer) for answer in group.gather(json.dumps(told).encode().ljust(SAID), timeout)]
     failures = [answer["failure"] for answer in answers]
     for rank, text in enumerate(failures):
         if text:

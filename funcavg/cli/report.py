@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from funcavg.cli.environment import CliError
+from funcavg.cli.environment import CliError, has
 from funcavg.cli.rows import EACH, FLOOR, NOTHING, OURS, RAW, THEIRS
 
 __all__ = ["check_plot", "plot", "sentence", "table", "text", "title"]
@@ -57,7 +56,7 @@ def check_plot(path: str | None) -> None:
     """Raise CliError now, rather than after minutes, if no plot could be saved."""
     if path is None:
         return
-    if importlib.util.find_spec("matplotlib") is None:
+    if not has("matplotlib"):
         raise CliError("--plot needs matplotlib, which is not installed: pip install matplotlib")
     from matplotlib.figure import Figure
 

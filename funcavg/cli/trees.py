@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import math
 import zipfile
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import optree
 
-from funcavg.cli.environment import CliError
+from funcavg.cli.environment import CliError, has
 
 __all__ = ["NAMED", "Leaf", "Spec", "arrays", "random_array", "random_tensor", "read"]
 
@@ -107,7 +107,7 @@ def read(tree: str) -> Spec:
     if not path.is_file():
         raise CliError(f"{tree}: no such file")
     library, reader = READERS[path.suffix]
-    if importlib.util.find_spec(library) is None:
+    if not has(library):
         raise CliError(f"{tree}: {path.suffix} files need {library}: pip install {library}")
     try:
         found = reader(path)
@@ -176,7 +176,7 @@ READERS: dict[str, tuple[str, Callable[[Path], dict[str, Leaf]]]] = {
 def random_array(shape: int | tuple[int, ...], dtype: str) -> Any:
     """Make a NumPy array of random numbers."""
     if dtype.startswith(("bfloat", "float8")):
-        if importlib.util.find_spec("ml_dtypes") is None:
+        if not has("ml_dtypes"):
             raise CliError(f"NumPy has no {dtype} without ml_dtypes: pip install ml_dtypes")
         importlib.import_module("ml_dtypes")
     return np.asarray(np.random.default_rng(0).standard_normal(shape, np.float32), dtype)

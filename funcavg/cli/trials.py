@@ -68,11 +68,11 @@ def attempt(trial: Trial, timeout: float) -> Finding:
     state, found = FAILED, dict[str, str]()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            if trial.start == "mpiexec":
-                commands = [[*mpiexec(os.environ, timeout), "-n", "2", *command, "each", "2"]]
-            else:
+            commands = [command]
+            if trial.start == "ranks":
                 commands = [[*command, str(rank), "2", folder] for rank in range(2)]
-                commands = commands if trial.start == "ranks" else [command]
+            elif trial.start == "mpiexec":
+                commands = [[*mpiexec(os.environ, timeout), "-n", "2", *command, "each", "2"]]
             found = _run(commands, environ, timeout)
             state = ABSENT if "absent" in found else OK
             details = found.get("absent") or found["details"]
@@ -84,7 +84,7 @@ def attempt(trial: Trial, timeout: float) -> Finding:
 def _run(commands: Sequence[Sequence[str]], environ: dict[str, str], timeout: float) -> dict[str, str]:
     """Run the processes of a trial to their end; return what the first has found, or raise CliError."""
     with contextlib.ExitStack() as resources:
-        files = [[resources.enter_context(tempfile.TemporaryFile("w+")) for _ in "oe"] for _ in commands]
+        files = [[resources.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)] for _ in commands]
         processes = [
             subprocess.Popen(
                 command, env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, start_new_session=True
@@ -92,13 +92,12 @@ def _run(commands: Sequence[Sequence[str]], environ: dict[str, str], timeout: fl
             for command, (output, errors) in zip(commands, files, strict=True)
         ]
         resources.callback(_end, processes)
-        deadline, failed = time.monotonic() + timeout, None
-        while failed is None and any(process.poll() is None for process in processes):
-            failed = next((rank for rank, process in enumerate(processes) if process.poll()), None)
-            if failed is None and time.monotonic() > deadline:
+        deadline = time.monotonic() + timeout
+        while _first_failed(processes) is None and any(process.poll() is None for process in processes):
+            if time.monotonic() > deadline:
                 raise CliError(LATE.format(timeout))
             time.sleep(0.01)
-        failed = next((rank for rank, process in enumerate(processes) if process.poll()), failed)
+        failed = _first_failed(processes)  # before the others, which wait for it, are ended
         outputs, errors = zip(*[[_read(file) for file in pair] for pair in files], strict=True)
     if failed is not None:
         if processes[failed].returncode == -signal.SIGALRM:
@@ -112,6 +111,10 @@ def _run(commands: Sequence[Sequence[str]], environ: dict[str, str], timeout: fl
         raise CliError(said[-1] if said else "ended without a result")
     result: dict[str, str] = json.loads(found[0])
     return result
+
+
+def _first_failed(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    return next((rank for rank, process in enumerate(processes) if process.poll()), None)
 
 
 def _read(file: IO[str]) -> str:
