@@ -463,7 +463,13 @@ def test_ranks_end_with_the_command(backend, number):
         backend,
     ]
     environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(args, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        args,
+        env=environ,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background may ignore it
+    )
     try:
         ranks = []
         while len(ranks) < 2:  # until both have loaded their library
@@ -482,6 +488,7 @@ def test_ranks_end_with_the_command(backend, number):
         for pid in (*mpi.children(process.pid), process.pid, *ranks):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        process.wait()
 
 
 def is_rank(pid):

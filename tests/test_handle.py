@@ -130,6 +130,15 @@ def test_in_inference_mode():
     assert run_ranks(2, fn) == [(True, [0.5] * 3, True)] * 2
 
 
+@pytest.fixture
+def interruptible():
+    """Be interrupted by SIGINT, which what runs in the background may ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_wait_that_is_interrupted_can_be_repeated():
     interrupted = threading.Event()
 
