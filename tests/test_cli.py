@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from processes import interruptible
 
 import funcavg
 from funcavg.cli import bench, checks, doctor, environment, jobs, main, report, rows, trees, trials
@@ -463,13 +464,8 @@ def test_ranks_end_with_the_command(backend, number):
         backend,
     ]
     environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        args,
-        env=environ,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background may ignore it
-    )
+    with interruptible():  # processes inherit whether SIGINT is ignored
+        process = subprocess.Popen(args, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         ranks = []
         while len(ranks) < 2:  # until both have loaded their library

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from processes import interruptible
 
 from funcavg import PeerLostError, TreeMismatchError, average, start_average
 from funcavg.collectives import Solo
@@ -130,15 +131,6 @@ def test_in_inference_mode():
     assert run_ranks(2, fn) == [(True, [0.5] * 3, True)] * 2
 
 
-@pytest.fixture
-def interruptible():
-    """Be interrupted by SIGINT, which what runs in the background may ignore."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("interruptible")
 def test_a_wait_that_is_interrupted_can_be_repeated():
     interrupted = threading.Event()
 
@@ -149,8 +141,9 @@ def test_a_wait_that_is_interrupted_can_be_repeated():
 
     handle = start_average({"w": 1.5}, Slow())
     main = threading.main_thread().ident
-    threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        handle.wait()
+    with interruptible():
+        threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            handle.wait()
     interrupted.set()
     assert handle.wait() == {"w": 1.5}
