@@ -14,14 +14,14 @@ Where buckets begin depends only on what ranks agree about: dtypes, shapes, orde
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from funcavg._arrays import Family, Leaf
 
-__all__ = ["AHEAD", "Bucket", "Lender", "Slots", "bucket_bytes", "cut", "device_memory", "host_memory", "make_plan"]
+__all__ = ["AHEAD", "SLOTS", "Bucket", "Lender", "Slots", "bucket_bytes", "cut", "host_memory", "make_plan"]
 
 LARGE = 1 << 20  # bytes
 AHEAD = 4  # measured over Gloo, two ranks: 1.1 to 1.2 times faster than 1, no slower than more
@@ -44,9 +44,9 @@ class Lender(Protocol):
 
 
 class Slots:
-    """The memory of buckets in flight, made when first needed and kept for later calls.
+    """The memory of buckets in flight on the host, made when first needed and kept for later calls.
 
-    ``allocate(nbytes)`` returns flat bytes: a NumPy array for the host, a torch tensor for an accelerator.
+    ``allocate(nbytes)`` returns flat bytes.
     """
 
     def __init__(self, allocate: Any, nbytes: int) -> None:
@@ -112,10 +112,10 @@ class Bucket(NamedTuple):
             part.family.copy(part.select(carriers), part.landings)
 
 
-def make_plan(leaves: Sequence[_Row], size: int, slots: Lender, limit: int) -> list[Bucket]:
+def make_plan(leaves: Sequence[_Row], size: int, slots: Lender, limit: int, *, apart: bool = True) -> list[Bucket]:
     """Assign the elements of all leaves, (number, family, leaf) each, to buckets of ``size`` rows.
 
-    ``limit`` is the most bytes that a bucket holds.
+    ``limit`` is the most bytes that a bucket holds; ``apart``, whether large leaves have buckets of their own.
     """
     by_element: dict[str | None, list[_Row]] = {}
     for row in leaves:
@@ -128,7 +128,7 @@ def make_plan(leaves: Sequence[_Row], size: int, slots: Lender, limit: int) -> l
         for row in rows:
             count = math.prod(row[2].shape)
             done = 0
-            if count * itemsize >= LARGE:
+            if apart and count * itemsize >= LARGE:
                 buckets = -(-count // capacity)
                 each = count // buckets // size * size
                 for done in range(each, (buckets + 1) * each, each):
@@ -218,14 +218,3 @@ def cut(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[Index, 
 def host_memory(nbytes: int) -> Any:
     """Return fresh host memory for a slot."""
     return np.empty(nbytes, np.uint8)
-
-
-def device_memory(device: str) -> Callable[[int], Any]:
-    """Return the function that makes fresh memory for a slot on an accelerator."""
-    import torch
-
-    def allocate(nbytes: int) -> Any:
-        with torch.inference_mode(mode=False):  # it outlives the call
-            return torch.empty(nbytes, dtype=torch.uint8, device=device)
-
-    return allocate

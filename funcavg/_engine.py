@@ -8,6 +8,7 @@ from typing import Any
 
 from funcavg._agree import Agreement, agree
 from funcavg._buckets import Bucket, Lender, make_plan
+from funcavg._device import DEVICE_BUCKET
 from funcavg._errors import PeerLostError
 from funcavg._lanes import DeviceLane, Lane
 from funcavg._node_lane import NodeLane, NodeSlots
@@ -138,11 +139,15 @@ def _lanes(
     kept = [i for i in range(len(layout.leaves)) if i not in ties]
     on_device = [i for i in kept if layout.leaves[i].device]
 
-    def plan(numbers: list[int], place: str, rows: int, limit: int, slots: Lender) -> list[Bucket]:
+    def plan(
+        numbers: list[int], place: str, rows: int, limit: int, slots: Lender, *, apart: bool = True
+    ) -> list[Bucket]:
         key = layout, None if len(numbers) == len(layout.leaves) else tuple(numbers), place
 
         def make() -> list[Bucket]:
-            return make_plan([(i, layout.families[i], layout.leaves[i]) for i in numbers], rows, slots, limit)
+            return make_plan(
+                [(i, layout.families[i], layout.leaves[i]) for i in numbers], rows, slots, limit, apart=apart
+            )
 
         return session.remember(key, make)
 
@@ -150,9 +155,11 @@ def _lanes(
         (device,) = layout.devices
         verbs = collective.device_verbs(device.partition(":")[0])
         if verbs is not None:
-            buckets = plan(on_device, device, collective.size, session.bucket_bytes, session.slots(device))
+            slots = session.device_slots(device)
+            buckets = plan(on_device, device, collective.size, DEVICE_BUCKET, slots, apart=False)
             natively = verbs.averages_natively(weighted=agreement.weights is not None)
-            yield DeviceLane(buckets, verbs, collective.rank, natively)
+            with slots.in_turn():  # until the lane has carried
+                yield DeviceLane(buckets, verbs, collective.rank, natively)
             kept = [i for i in kept if not layout.leaves[i].device]
     if not kept:
         return
@@ -161,5 +168,5 @@ def _lanes(
         buckets = plan(kept, "node", node.rows, node.slot_bytes, NodeSlots(node))
         yield NodeLane(buckets, node, collective, session.crossing(node))
     else:
-        buckets = plan(kept, "cpu", collective.size, session.bucket_bytes, session.slots("cpu"))
+        buckets = plan(kept, "cpu", collective.size, session.bucket_bytes, session.slots())
         yield Lane(buckets, collective, collective.rank)

@@ -12,6 +12,7 @@ import weakref
 from typing import Any, Generic, TypeVar, cast
 
 from funcavg._compile import not_compiled
+from funcavg._device import Mark
 from funcavg._engine import carry_out
 from funcavg._request import Request
 from funcavg._session import Session
@@ -74,8 +75,9 @@ class Flight:
         self._mode = torch.inference_mode if torch is not None and inference else contextlib.nullcontext
         self._guard, self.pid = threading.Lock(), os.getpid()
         self._over, self._abandoned = threading.Event(), False
-        on_device = request.layout is not None and bool(request.layout.devices)
-        self._waits_for_caller = on_device or getattr(collective, "in_callers_thread", False)
+        devices = set() if request.layout is None else {leaf.device for leaf in request.layout.leaves} - {""}
+        self._given = Mark(devices)  # wait() may be called on other streams than those that write the leaves
+        self._waits_for_caller = bool(devices) or getattr(collective, "in_callers_thread", False)
         if not self._waits_for_caller:
             _IN_THE_AIR.add(self)
             threading.Thread(target=self._fly, name="funcavg start_average", daemon=True).start()
@@ -83,6 +85,7 @@ class Flight:
     def _fly(self) -> None:
         try:
             with self._mode():  # of the caller's thread
+                self._given.wait()
                 results = carry_out(self._request, self._collective, self._session, self._timeout)
                 self._outcome = self._request.rebuild(results)
         except BaseException as error:  # raised by wait()

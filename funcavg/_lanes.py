@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from funcavg import _points
 from funcavg._buckets import AHEAD, Bucket
+from funcavg._device import DEVICE_AHEAD
 from funcavg._mean import mean_into, tensor_mean_into
 from funcavg.collectives.base import Pending
 
@@ -25,6 +26,8 @@ __all__ = ["DeviceLane", "Lane"]
 
 class Lane:
     """A plan of buckets, and the verbs that move them: through host memory, over any transport."""
+
+    ahead = AHEAD
 
     def __init__(self, plan: Sequence[Bucket], collective: Any, rank: int) -> None:
         self.plan, self.collective, self.rank = plan, collective, rank
@@ -61,19 +64,26 @@ class Lane:
 class DeviceLane(Lane):
     """The same in an accelerator's memory, where the backend may average by itself."""
 
+    ahead = DEVICE_AHEAD
+
     def __init__(self, plan: Sequence[Bucket], collective: Any, rank: int, natively: frozenset[str]) -> None:
         super().__init__(plan, collective, rank)
         self.natively = natively  # dtypes
+        self._theirs: deque[Any] = deque()  # of buckets that are being exchanged
 
     def start(self, bucket: Bucket, source: Any, timeout: float) -> Pending | None:
-        if bucket.element not in self.natively:
-            return super().start(bucket, source, timeout)
-        pending: Pending | None = self.collective.average(self.typed(source, bucket), timeout)
+        pending: Pending | None
+        if bucket.element in self.natively:
+            pending = self.collective.average(self.typed(source, bucket), timeout)
+        else:
+            self._theirs.append(source.new_empty(source.shape))
+            pending = self.collective.exchange(source, self._theirs[-1], timeout)
         return pending
 
     def reduce(self, bucket: Bucket, source: Any, target: Any, weights: Sequence[float] | None) -> None:
         if bucket.element not in self.natively:
-            rows = [source[rank] if rank == self.rank else bucket.theirs[rank] for rank in range(len(source))]
+            theirs = self._theirs.popleft()
+            rows = [source[rank] if rank == self.rank else theirs[rank] for rank in range(len(source))]
             tensor_mean_into(self.typed(target[self.rank], bucket), [self.typed(row, bucket) for row in rows], weights)
 
     def finish(self, bucket: Bucket, target: Any, timeout: float) -> Pending | None:
@@ -111,7 +121,7 @@ def _pump(
 ) -> None:
     exchanging: deque[_Transit] = deque()
     sharing: deque[_Transit] = deque()
-    for bucket in chain(lane.plan, [None] * (2 * AHEAD)):  # the last rounds empty the pipeline
+    for bucket in chain(lane.plan, [None] * (2 * lane.ahead)):  # the last rounds empty the pipeline
         if bucket is not None:
             source = bucket.rows_in(carriers) if send_from_leaves else None
             target = bucket.rows_in(results) if land_in_results else None
@@ -121,13 +131,13 @@ def _pump(
             _points.reached("copied_in", bucket.number)
             pending = lane.start(bucket, source, timeout)
             exchanging.append(_Transit(bucket, source, bucket.mine if target is None else target, pending))
-        if len(exchanging) > AHEAD or (bucket is None and exchanging):
+        if len(exchanging) > lane.ahead or (bucket is None and exchanging):
             ready, source, target, _ = exchanging.popleft().arrived()
             _points.reached("arrived", ready.number)
             lane.reduce(ready, source, target, weights)
             _points.reached("reduced", ready.number)
             sharing.append(_Transit(ready, source, target, lane.finish(ready, target, timeout)))
-        if len(sharing) > AHEAD or (not exchanging and sharing):
+        if len(sharing) > lane.ahead or (not exchanging and sharing):
             done = sharing.popleft().arrived()
             if done.target is done.bucket.mine:
                 done.bucket.unpack(results)

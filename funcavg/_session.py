@@ -14,7 +14,8 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from funcavg._buckets import Slots, bucket_bytes, device_memory, host_memory
+from funcavg._buckets import Slots, bucket_bytes, host_memory
+from funcavg._device import DeviceSlots
 from funcavg._errors import PeerLostError
 from funcavg.collectives.base import Collective
 
@@ -80,7 +81,10 @@ class Session:
         ``late_writes``: whether a transfer that has failed may still write to the memory of buckets.
         """
         self._spent = f"{type(error).__name__}: {error}"
-        if late_writes:
+        if late_writes or self._slots.keys() - {
+            "cpu",
+            "crossing",
+        }:  # nothing stops what streams of a device have queued
             _GRAVEYARD.append(self._slots)
         self._slots, self._plans = {}, OrderedDict()
         node, self._node = self._node, None
@@ -110,12 +114,18 @@ class Session:
             self._slots["crossing"] = Crossing(node.channel, node.slot_bytes // node.shards)
         return self._slots.get("crossing")
 
-    def slots(self, memory: str) -> Slots:
-        """Return the bucket memory on the host (``"cpu"``) or on an accelerator (torch's name of the device)."""
-        if memory not in self._slots:
-            allocate = host_memory if memory == "cpu" else device_memory(memory)
-            self._slots[memory] = Slots(allocate, self.bucket_bytes)
-        slots: Slots = self._slots[memory]
+    def slots(self) -> Slots:
+        """Return the bucket memory on the host."""
+        if "cpu" not in self._slots:
+            self._slots["cpu"] = Slots(host_memory, self.bucket_bytes)
+        slots: Slots = self._slots["cpu"]
+        return slots
+
+    def device_slots(self, device: str) -> DeviceSlots:
+        """Return the bucket memory on an accelerator, by torch's name of it."""
+        if device not in self._slots:
+            self._slots[device] = DeviceSlots(device)
+        slots: DeviceSlots = self._slots[device]
         return slots
 
     def remember(self, key: Hashable, make: Callable[[], T]) -> T:

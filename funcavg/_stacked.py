@@ -6,12 +6,14 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from funcavg import _tree
 from funcavg._arrays import is_dtensor
 from funcavg._axis import average_over_axis
-from funcavg._buckets import device_memory, host_memory
+from funcavg._buckets import host_memory
+from funcavg._device import device_memory
 from funcavg._engine import move, reach_agreement
 from funcavg._jax_primitive import is_traced
 from funcavg._mean import mean_into, tensor_mean_into
@@ -169,7 +171,7 @@ class _Kernel(Solo):
                 continue
             places = [(*(slice(None),) * axis, replica, ...) for replica in range(leaf.shape[axis])]
             shape = (*leaf.shape[:axis], *leaf.shape[axis + 1 :])
-            allocate = device_memory(leaf.device) if leaf.device else host_memory
+            allocate = partial(device_memory, leaf.device) if leaf.device else host_memory
             rows = family.as_bytes(carriers[i]) if axis == 0 else None
             if rows is None:  # not row by row in the leaf's own memory
                 rows = allocate(math.prod(leaf.shape) * leaf.native.itemsize)

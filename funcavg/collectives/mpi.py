@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
+from funcavg._device import current_stream
 from funcavg._errors import PeerLostError
 from funcavg.collectives.base import Pending
 from funcavg.collectives.gpu_aware import is_gpu_aware
@@ -213,15 +214,11 @@ class MPIDeviceVerbs(Rows):
 
     def transfer(self, send: Ways, receive: Ways, timeout: float, *, channel: bool = False) -> Pending:
         """Send and receive device memory, once the current stream has written it: MPI knows nothing of streams."""
-        _synchronise(send)
+        for device in {row.device for _, row in send}:
+            stream = current_stream(device)
+            if stream is not None:
+                stream.synchronize()
         return self._owner.transfer(send, receive, timeout, channel=channel)
-
-
-def _synchronise(ways: Ways) -> None:
-    import torch
-
-    for device in {row.device for _, row in ways if row.device.type != "cpu"}:
-        getattr(torch, device.type).current_stream(device).synchronize()
 
 
 def _memory_kinds() -> str:

@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from funcavg._errors import PeerLostError
 from funcavg.collectives.base import Pending
-from funcavg.collectives.rows import Rows, Ways
+from funcavg.collectives.rows import Patience, Rows, Ways
 
 __all__ = ["DeviceVerbs", "TorchCollective", "collective_of", "device_route"]
 
@@ -152,6 +152,7 @@ class TorchCollective(Rows):
             waited = f"{time.monotonic() - started:.1f} s of {timeout:g} s"
             # Gloo begins with a line of its source, and ends with general advice.
             reason = re.sub(r"^\[\S+\] ", "", str(error)).partition(". This is typically")[0]
+            reason = reason.partition("Exception raised from")[0].rstrip(" .\n")  # NCCL's ends with a stack
             raise PeerLostError(f"rank {self.rank} of {self.size} waited {what} {waited}: {reason}.") from error
 
     def device_verbs(self, device_type: str) -> DeviceVerbs | None:
@@ -181,7 +182,7 @@ def device_route(backend: str | None, element: str, *, weighted: bool) -> str:
 
 
 class DeviceVerbs:
-    """Moves buckets that lie in an accelerator's memory over the user's own group. Not yet run on a GPU."""
+    """Moves buckets that lie in an accelerator's memory over the user's own group. Its group is NCCL's."""
 
     def __init__(self, group: Any, owner: TorchCollective) -> None:
         self._group, self._owner = group, owner
@@ -199,7 +200,7 @@ class DeviceVerbs:
         """Replace the tensor by its mean over ranks."""
         self._owner.bytes_sent += 2 * (self.size - 1) * tensor.nbytes // self.size
         options: Any = dist.AllreduceOptions()
-        options.reduceOp, options.timeout = dist.ReduceOp.AVG, timedelta(seconds=timeout)
+        options.reduceOp = dist.ReduceOp.AVG
         return self._wait_for(self._group.allreduce([tensor], options), timeout)
 
     def exchange(self, send: Any, receive: Any, timeout: float) -> Pending:
@@ -210,13 +211,18 @@ class DeviceVerbs:
     def share(self, buffer: Any, timeout: float) -> Pending:
         """As `Collective.share`, with tensors."""
         self._owner.bytes_sent += (self.size - 1) * buffer[0].nbytes
-        mine = buffer[self._owner.rank].clone()
-        return self._wait_for(dist.all_gather(list(buffer), mine, group=self._group, async_op=True), timeout)
+        gathered = dist.all_gather_into_tensor(buffer.view(-1), buffer[self._owner.rank], self._group, async_op=True)
+        return self._wait_for(gathered, timeout)
 
     def _wait_for(self, work: Any, timeout: float) -> Pending:
         def wait() -> None:
-            # On NCCL this makes the current stream wait, not the host: an error shows later, from NCCL's watchdog.
-            with self._owner._translate_errors("for the accelerators' collective", timeout):
-                work.wait()
+            patience = Patience(timeout)
+            with self._owner._translate_errors("for NCCL", timeout):
+                while not (done := work.is_completed()) and not patience.is_over():
+                    patience.pause()
+                # If it has failed or is late, this raises, and ends NCCL's kernels, for which streams would wait.
+                work.wait(timedelta(milliseconds=1))
+                if not done:  # older torch only lets the stream wait
+                    raise PeerLostError(f"rank {self._owner.rank} of {self.size} waited {timeout:g} s for NCCL.")
 
         return wait
