@@ -326,7 +326,7 @@ def over_mpi(comm, library):
             torch.cuda._sleep(SLOW)
             for leaf in leaves:
                 leaf.fill_(comm.rank)
-            average(leaves, comm, weight=weight, donate=True)  # allocates nothing at first: that would wait for streams
+            average(leaves, comm, weight=weight, donate=True)
             seen.append([leaf.unique().tolist() for leaf in leaves])
     return seen
 

@@ -38,8 +38,10 @@ def make_rows(job: Job, spec: Spec, args: Any, resources: ExitStack) -> tuple[li
     rows = [*_baselines(job, spec, notes), *_torchs_averager(job, spec, args, resources, notes)]
     if args.leaves == "torch":
         rows.append(_shim(job, tree))
-    node: str | None
-    for node, where in ((None, ""), ("off", ", FUNCAVG_NODE=off")):
+    nodes: dict[str | None, str] = {None: ""}
+    if args.device == "cpu":  # NCCL sees to what ranks of one host share
+        nodes["off"] = ", FUNCAVG_NODE=off"
+    for node, where in nodes.items():
         for donate in (False, True) if args.leaves != "jax" else (False,):
             group = job.group()
             call = functools.partial(funcavg.average, tree, group, donate=donate)

@@ -202,7 +202,7 @@ class MPICollective(Rows):
 
 
 class MPIDeviceVerbs(Rows):
-    """Moves buckets that lie in an accelerator's memory, where the MPI library can. Not run on a GPU yet."""
+    """Moves buckets that lie in an accelerator's memory, where the MPI library can."""
 
     def __init__(self, owner: MPICollective) -> None:
         self._owner = owner

@@ -6,7 +6,7 @@ exchange and share by sends and receives take 80 ms, Gloo's own all-reduce 100 m
 So there is no native all-reduce here, and host leaves keep the tight accuracy bound.)
 
 Accelerator memory goes over the group itself if it is NCCL's, in the caller's thread: float32 and float64 by its native
-average, narrower floats by exchange, because a ring would round them at every hop.
+average, narrower floats by exchange, because a ring would round them at every hop. The host waits for the end of each.
 
 A process group that torch does not know (torchft's, for one) has no store and cannot be duplicated. Then its own
 sends and receives are used, in the caller's thread.
