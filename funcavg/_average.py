@@ -150,7 +150,7 @@ def start_average(
     Agreement and transfers go on in the background, so this never waits for other ranks. The inputs must not be
     written to until ``handle.wait()`` has returned (as with ``MPI_Iallreduce``). One call at a time can be under way
     on a group. Leaves in a GPU's memory, groups that cannot be duplicated, and the first call on an MPI communicator
-    are averaged inside ``wait()``.
+    are averaged inside ``wait()``, whose current CUDA stream the result belongs to.
 
     Args:
         params_tree: As for `average`, like all that follows.

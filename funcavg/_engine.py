@@ -159,7 +159,7 @@ def _lanes(
             buckets = plan(on_device, device, collective.size, DEVICE_BUCKET, slots, apart=False)
             natively = verbs.averages_natively(weighted=agreement.weights is not None)
             with slots.in_turn():  # until the lane has carried
-                yield DeviceLane(buckets, verbs, collective.rank, natively)
+                yield DeviceLane(buckets, verbs, collective.rank, slots, natively)
             kept = [i for i in kept if not layout.leaves[i].device]
     if not kept:
         return

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from funcavg import _points
 from funcavg._buckets import AHEAD, Bucket
-from funcavg._device import DEVICE_AHEAD
+from funcavg._device import DEVICE_AHEAD, DeviceSlots
 from funcavg._mean import mean_into, tensor_mean_into
 from funcavg.collectives.base import Pending
 
@@ -66,23 +66,23 @@ class DeviceLane(Lane):
 
     ahead = DEVICE_AHEAD
 
-    def __init__(self, plan: Sequence[Bucket], collective: Any, rank: int, natively: frozenset[str]) -> None:
+    def __init__(
+        self, plan: Sequence[Bucket], collective: Any, rank: int, slots: DeviceSlots, natively: frozenset[str]
+    ) -> None:
         super().__init__(plan, collective, rank)
-        self.natively = natively  # dtypes
-        self._theirs: deque[Any] = deque()  # of buckets that are being exchanged
+        self.slots, self.natively = slots, natively  # memory; dtypes
 
     def start(self, bucket: Bucket, source: Any, timeout: float) -> Pending | None:
         pending: Pending | None
         if bucket.element in self.natively:
             pending = self.collective.average(self.typed(source, bucket), timeout)
         else:
-            self._theirs.append(source.new_empty(source.shape))
-            pending = self.collective.exchange(source, self._theirs[-1], timeout)
+            pending = self.collective.exchange(source, self.slots.theirs(bucket.number, source.shape), timeout)
         return pending
 
     def reduce(self, bucket: Bucket, source: Any, target: Any, weights: Sequence[float] | None) -> None:
         if bucket.element not in self.natively:
-            theirs = self._theirs.popleft()
+            theirs = self.slots.theirs(bucket.number, source.shape)
             rows = [source[rank] if rank == self.rank else theirs[rank] for rank in range(len(source))]
             tensor_mean_into(self.typed(target[self.rank], bucket), [self.typed(row, bucket) for row in rows], weights)
 

@@ -21,6 +21,7 @@ import numpy.typing as npt
 __all__ = ["mean_into", "tensor_mean_into", "wide"]
 
 BLOCK = 32 * 1024  # elements: the float64 sums of a block take 256 KiB
+DEVICE_BLOCK = 1 << 20  # of an accelerator: enough to keep it busy, and the sums take 24 MiB
 
 Bytes = npt.NDArray[np.uint8]
 NATIVE = {"float16": np.float16, "float32": np.float32, "float64": np.float64, "longdouble": np.longdouble}
@@ -41,11 +42,7 @@ def mean_into(
     weight 0 is never read, NaN included.
     """
     into = into or element
-    if weights is not None:
-        top = max(weights)  # scaled by it, neither the sum of weights nor a product can overflow
-        shards = [shard for shard, weight in zip(shards, weights, strict=True) if weight]
-        scales = [weight / top for weight in weights if weight]
-        weights = None if all(scale == 1.0 for scale in scales) else scales
+    shards, weights = _that_count(shards, weights)
     length = 4 * BLOCK if len(shards) == 2 else BLOCK  # two mostly need no float64 sums
     narrow = into if element == "float32" else element
     if narrow in NATIVE and (narrow != "float16" or "torch" not in sys.modules):
@@ -61,7 +58,7 @@ def mean_into(
         tensors = [torch.from_numpy(shard).view(getattr(torch, element)) for shard in shards]
         target = torch.from_numpy(out).view(getattr(torch, into))
         for block in _blocks(target.numel(), length):
-            tensor_mean_into(target[block], [t[block] for t in tensors], weights)
+            _tensor_mean(target[block], [t[block] for t in tensors], weights)
     else:
         import ml_dtypes  # a leaf of this dtype came from there
 
@@ -73,6 +70,16 @@ def mean_into(
                 if into != "float32":
                     total = _round_to_odd(total.view(np.int64)).view(np.float64)
                 result[block] = total.astype(np.float32)
+
+
+def _that_count(shards: Sequence[Any], weights: Sequence[float] | None) -> tuple[Sequence[Any], Sequence[float] | None]:
+    """Drop shards of weight 0; scale the weights by the largest, lest their sum or a product overflow."""
+    if weights is None:
+        return shards, None
+    top = max(weights)
+    scales = [weight / top for weight in weights if weight]
+    kept = [shard for shard, weight in zip(shards, weights, strict=True) if weight]
+    return kept, None if all(scale == 1.0 for scale in scales) else scales
 
 
 def _blocks(size: int, length: int) -> list[slice]:
@@ -136,7 +143,13 @@ def _round_to_odd(bits: npt.NDArray[np.int64]) -> Any:
 
 
 def tensor_mean_into(out: Any, shards: Sequence[Any], weights: Sequence[float] | None) -> None:
-    """Do the same with torch tensors, on their own device: 16-bit and 8-bit floats, and all dtypes on a GPU."""
+    """Do the same with torch tensors of one dtype and one dimension, on their own device."""
+    shards, weights = _that_count(shards, weights)
+    for block in _blocks(out.numel(), DEVICE_BLOCK):
+        _tensor_mean(out[block], [shard[block] for shard in shards], weights)
+
+
+def _tensor_mean(out: Any, shards: Sequence[Any], weights: Sequence[float] | None) -> None:
     import torch
 
     if len(shards) == 2 and weights is None and out.element_size() <= 2 and shards[0].element_size() <= 2:

@@ -81,10 +81,7 @@ class Session:
         ``late_writes``: whether a transfer that has failed may still write to the memory of buckets.
         """
         self._spent = f"{type(error).__name__}: {error}"
-        if late_writes or self._slots.keys() - {
-            "cpu",
-            "crossing",
-        }:  # nothing stops what streams of a device have queued
+        if late_writes:
             _GRAVEYARD.append(self._slots)
         self._slots, self._plans = {}, OrderedDict()
         node, self._node = self._node, None

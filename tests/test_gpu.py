@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import mpi
 import pytest
@@ -17,13 +18,13 @@ import torch.distributed as dist
 from processes import run_processes
 from trees import assert_is_mean
 
-from funcavg import PeerLostError, _points, average, start_average
+from funcavg import PeerLostError, _device, _points, average, start_average
 from funcavg._arrays.torch import Tensors
 from funcavg._buckets import make_plan
 from funcavg._device import DeviceSlots
 from funcavg._lanes import DeviceLane
 from funcavg.collectives import as_collective
-from funcavg.collectives.torch import DeviceVerbs, device_route
+from funcavg.collectives.torch import DeviceVerbs, TorchCollective, device_route
 from funcavg.stateful import PeriodicModelAverager
 from funcavg.testing import run_ranks
 
@@ -116,7 +117,7 @@ def lane_of_the_host(rank):
     seen = []
     for weights in (None, [1.0, 3.0]):
         with slots.in_turn():
-            lane = DeviceLane(plan, verbs, rank, verbs.averages_natively(weighted=True))
+            lane = DeviceLane(plan, verbs, rank, slots, verbs.averages_natively(weighted=True))
             lane.carry(leaves, results, weights, 20.0, land_in_results=False, send_from_leaves=False)
         seen.append([leaf.clone() for leaf in results])
     return len(plan), seen
@@ -129,6 +130,90 @@ def test_the_lane_for_device_memory_averages():
         for results, weights in zip(seen, (None, [1.0, 3.0]), strict=True):
             for result, leaf in zip(results, numbers, strict=True):
                 assert_is_mean(result, [leaf, leaf + 1], weights)
+
+
+class Work:
+    """A collective of NCCL's: not over, over, or failed."""
+
+    def __init__(self, over, error=None):
+        self.over, self.error, self.waited = over, error, False
+
+    def is_completed(self):
+        return self.over
+
+    def wait(self, timeout):
+        self.waited = True
+        if self.error:
+            raise RuntimeError(self.error)
+
+
+def nccl_of(*works):
+    """Return the verbs of a rank whose collectives are these, and a list that tells whether NCCL was aborted."""
+    aborted = []
+    backend = SimpleNamespace(abort=lambda: aborted.append(True))
+
+    def allreduce(tensors, options):
+        work = left.pop(0)
+        if isinstance(work, Exception):
+            raise work
+        return work
+
+    left, group = list(works), SimpleNamespace(allreduce=allreduce, _get_backend=lambda device: backend)
+    owner = TorchCollective.__new__(TorchCollective)
+    owner.rank, owner.size, owner.bytes_sent, owner.on_device = 0, 2, 0, 0
+    owner._gloo, owner._group = None, lambda: group
+    return DeviceVerbs(group, owner), owner, aborted
+
+
+def test_a_collective_of_nccl_that_is_late_is_aborted_and_no_stream_waits_for_it():
+    work = Work(over=False)
+    verbs, owner, aborted = nccl_of(work)
+    wait = verbs.average(torch.ones(3), 0.2)
+    with pytest.raises(PeerLostError, match=r"rank 0 of 2 waited 0\.[234] s of 0\.2 s for NCCL"):
+        wait()
+    owner.abort()
+    assert aborted
+    assert not work.waited
+
+
+def test_a_collective_of_nccl_that_fails_is_a_lost_peer():
+    text = "[PG ID 0 Rank 0] NCCL error: remote process exited.\nException raised from check (most recent call first):"
+    for works in ([Work(over=True, error=text)], [RuntimeError(text)]):
+        verbs, _, _ = nccl_of(*works)
+        with pytest.raises(
+            PeerLostError, match=r"rank 0 of 2 waited (for|to start) NCCL .*s: NCCL error: remote.*exited\.$"
+        ):
+            verbs.average(torch.ones(3), 5.0)()
+
+
+def test_nccl_is_left_alone_where_nothing_is_under_way():
+    verbs, owner, aborted = nccl_of(Work(over=True))
+    verbs.average(torch.ones(3), 5.0)()
+    owner.abort()
+    assert not aborted
+
+
+def test_the_next_call_waits_for_the_stream_of_the_last(monkeypatch):
+    said = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def record_event(self):
+            return self.name
+
+        def wait_event(self, event):
+            said.append(f"{self.name} waits for {event}")
+
+    slots = DeviceSlots("cpu")
+    slots.lend(0, 2, 4)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda memory, stream: said.append(f"{stream.name} uses it"))
+    for name in "ab":
+        monkeypatch.setattr(_device, "current_stream", lambda device, name=name: Stream(name))
+        with slots.in_turn():
+            said.append(f"{name} works")
+    assert said == ["a uses it", "a works", "b waits for a", "b uses it", "b works"]
 
 
 def nccl_group(rank):
@@ -180,15 +265,17 @@ def test_equal_replicas_come_back_where_nccl_does_not_sum():
 
 
 def nccl_streams(rank):
-    """The second call may be queued, on its stream, while the first has not even begun on another."""
+    """The second call packs while the first, on another stream, has yet to unpack the same memory."""
     group = nccl_group(rank)
     average(torch.zeros(1, device="cuda"), group)
-    one, other = torch.cuda.Stream(), torch.cuda.Stream()
+    one, other, reached = torch.cuda.Stream(), torch.cuda.Stream(), _points.reached
     late, early = torch.full((1_000_000,), 10.0, device="cuda"), torch.full((1_000_000,), float(rank), device="cuda")
     torch.cuda.synchronize()
     with torch.cuda.stream(one):
-        torch.cuda._sleep(SLOW)
-        first = average(late.add_(rank), group)
+        late.add_(rank)
+        _points.reached = lambda point, number: point == "reduced" and torch.cuda._sleep(SLOW)
+        first = average(late, group)
+        _points.reached = reached
     with torch.cuda.stream(other):
         second = average(early, group)
     with torch.cuda.stream(one):
@@ -271,25 +358,26 @@ def nccl_late_in_the_middle(rank):
 @gpu
 def test_a_rank_that_comes_too_late_to_nccl():
     (message, seconds, *rest), (_, _, *others) = run_processes(2, nccl_late_in_the_middle, timeout=100)
-    assert re.search(r"rank 0 of 2 waited for NCCL 5\.\d s of 5 s: .*The group is spent", message, re.DOTALL), message
+    assert re.search(r"rank 0 of 2 waited 5\.\d s of 5 s for NCCL\. The group is spent", message), message
     assert 5 <= seconds < 8
     assert rest == others == [True, [0.5]]
 
 
-def nccl_dead_in_the_middle(rank):
+def nccl_dead_in_the_middle(rank, bucket):
     group = nccl_group(rank)
-    leaf = torch.full((1_000_000,), float(rank), device="cuda")
+    leaf = torch.full((30_000_000,), float(rank), device="cuda")
     average(leaf, group)
     if rank == 1:
-        _points.reached = lambda point, number: os._exit(1)
+        _points.reached = lambda point, number: (point, number) == ("copied_in", bucket) and os._exit(1)
     with pytest.raises(PeerLostError, match="rank 0 of 2") as raised:
-        average(leaf, group, donate=True, timeout=8)
+        average(leaf, group, timeout=8)
     return str(raised.value), leaf.unique().tolist()
 
 
 @gpu
-def test_a_rank_that_dies_when_nccl_is_called():
-    (message, values), _ = run_processes(2, nccl_dead_in_the_middle, timeout=100, dies=(1,))
+@pytest.mark.parametrize("bucket", [0, 1])
+def test_a_rank_that_dies_when_nccl_is_called(bucket):
+    (message, values), _ = run_processes(2, nccl_dead_in_the_middle, bucket, timeout=100, dies=(1,))
     assert "NCCL" in message, message
     assert "frame" not in message, message
     assert values == [0.0]

@@ -117,6 +117,21 @@ def test_tensors_in_place_of_bytes(device, name, size, values):
         assert torch.equal(out.view(torch.uint8), tensors[0].view(torch.uint8))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_weights_of_tensors(device, monkeypatch):
+    """Weight 0 is never read, no weight is too large, and blocks do not show."""
+    monkeypatch.setattr(_mean, "DEVICE_BLOCK", 4)
+    for name in TORCH_FLOATS:
+        dtype = getattr(torch, name)
+        tensors = [torch.full((9,), value).to(device, dtype) for value in (1.0, 4.0, float("nan"))]
+        out = torch.empty_like(tensors[0])
+        for scale in (1.0, 1e-310, np.finfo(float).max):
+            tensor_mean_into(out, tensors, [scale, scale, 0.0])
+            assert_is_mean(out.cpu(), [tensor.cpu() for tensor in tensors[:2]])
+        tensor_mean_into(out, tensors, [1.0, 3.0, 0.0])
+        assert_is_mean(out.cpu(), [tensor.cpu() for tensor in tensors[:2]], [1.0, 3.0])
+
+
 def test_float16_and_bfloat16_without_torch():
     """NumPy's own way for the same dtypes gives the same bits."""
     code = """

@@ -198,7 +198,7 @@ class MPICollective(Rows):
 
     def device_verbs(self, device_type: str) -> MPIDeviceVerbs | None:
         """Return the way for leaves in an accelerator's memory, or None if they go through the host."""
-        return MPIDeviceVerbs(self) if self._gpu_aware and device_type != "cpu" else None
+        return MPIDeviceVerbs(self) if self._gpu_aware and device_type in ("cuda", "xpu") else None
 
 
 class MPIDeviceVerbs(Rows):
@@ -214,10 +214,8 @@ class MPIDeviceVerbs(Rows):
 
     def transfer(self, send: Ways, receive: Ways, timeout: float, *, channel: bool = False) -> Pending:
         """Send and receive device memory, once the current stream has written it: MPI knows nothing of streams."""
-        for device in {row.device for _, row in send}:
-            stream = current_stream(device)
-            if stream is not None:
-                stream.synchronize()
+        for device in {row.device for _, row in send if row.device.type != "cpu"}:
+            current_stream(device).synchronize()
         return self._owner.transfer(send, receive, timeout, channel=channel)
 
 

@@ -18,14 +18,16 @@ import itertools
 import re
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from funcavg._device import Mark
 from funcavg._errors import PeerLostError
 from funcavg.collectives.base import Pending
 from funcavg.collectives.rows import Patience, Rows, Ways
@@ -75,6 +77,7 @@ class TorchCollective(Rows):
     def __init__(self, group: Any) -> None:
         self.rank, self.size = group.rank(), group.size()
         self.bytes_sent = 0
+        self.on_device = 0  # collectives under way there
         _, store = _known_groups().get(group, (None, None))
         self.in_callers_thread = store is None
         # A weak reference: the cache is keyed by the group, and must not keep it alive.
@@ -91,10 +94,19 @@ class TorchCollective(Rows):
         return not self.in_callers_thread
 
     def abort(self) -> None:
-        """Close the connections, so that nothing more arrives here and no peer waits in vain. The group is spent."""
+        """Close the connections, so that nothing more arrives here and no peer waits in vain. The group is spent.
+
+        The user's own NCCL communicator, too, if something of ours is under way on it: it would never end, or meet
+        the peers at another place.
+        """
         gloo, self._gloo = self._gloo, None
         if gloo is not None and hasattr(gloo, "abort"):  # older torch closes them when the last reference goes
             gloo.abort()
+        group, on_device, self.on_device = self._group(), self.on_device, 0
+        if on_device and group is not None:
+            nccl: Any = group._get_backend(torch.device("cuda"))
+            if hasattr(nccl, "abort"):  # older torch's watchdog ends the process, after the group's own timeout
+                nccl.abort()
 
     def _connect(self, timeout: float) -> Any:
         """Meet the other ranks in the store and connect to them."""
@@ -150,9 +162,9 @@ class TorchCollective(Rows):
             raise
         except RuntimeError as error:  # torch's own, c10d's DistError among them
             waited = f"{time.monotonic() - started:.1f} s of {timeout:g} s"
-            # Gloo begins with a line of its source, and ends with general advice.
-            reason = re.sub(r"^\[\S+\] ", "", str(error)).partition(". This is typically")[0]
-            reason = reason.partition("Exception raised from")[0].rstrip(" .\n")  # NCCL's ends with a stack
+            # Gloo begins with a line of its source and ends with general advice; NCCL with a rank and with a stack.
+            reason = re.sub(r"^\[[^]]+\] ", "", str(error)).partition(". This is typically")[0]
+            reason = reason.partition("Exception raised from")[0].rstrip(" .\n")
             raise PeerLostError(f"rank {self.rank} of {self.size} waited {what} {waited}: {reason}.") from error
 
     def device_verbs(self, device_type: str) -> DeviceVerbs | None:
@@ -182,7 +194,7 @@ def device_route(backend: str | None, element: str, *, weighted: bool) -> str:
 
 
 class DeviceVerbs:
-    """Moves buckets that lie in an accelerator's memory over the user's own group. Its group is NCCL's."""
+    """Moves buckets that lie in a GPU's memory over the user's own group, which is NCCL's for them."""
 
     def __init__(self, group: Any, owner: TorchCollective) -> None:
         self._group, self._owner = group, owner
@@ -201,28 +213,36 @@ class DeviceVerbs:
         self._owner.bytes_sent += 2 * (self.size - 1) * tensor.nbytes // self.size
         options: Any = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp.AVG
-        return self._wait_for(self._group.allreduce([tensor], options), timeout)
+        return self._under_way(lambda: self._group.allreduce([tensor], options), tensor.device, timeout)
 
     def exchange(self, send: Any, receive: Any, timeout: float) -> Pending:
         """As `Collective.exchange`, with tensors."""
         self._owner.bytes_sent += (self.size - 1) * send.nbytes // self.size
-        return self._wait_for(dist.all_to_all_single(receive, send, group=self._group, async_op=True), timeout)
+        start = partial(dist.all_to_all_single, receive, send, group=self._group, async_op=True)
+        return self._under_way(start, send.device, timeout)
 
     def share(self, buffer: Any, timeout: float) -> Pending:
         """As `Collective.share`, with tensors."""
         self._owner.bytes_sent += (self.size - 1) * buffer[0].nbytes
-        gathered = dist.all_gather_into_tensor(buffer.view(-1), buffer[self._owner.rank], self._group, async_op=True)
-        return self._wait_for(gathered, timeout)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
+        start = partial(gather, buffer.view(-1), buffer[self._owner.rank], group=self._group, async_op=True)
+        return self._under_way(start, buffer.device, timeout)
 
-    def _wait_for(self, work: Any, timeout: float) -> Pending:
+    def _under_way(self, start: Callable[[], Any], device: Any, timeout: float) -> Pending:
+        owner, packed = self._owner, Mark([device])
+        owner.on_device += 1
+        with owner._translate_errors("to start NCCL", timeout):
+            work = start()
+
         def wait() -> None:
+            packed.synchronize()  # what this rank itself has queued before is not waiting for others
             patience = Patience(timeout)
-            with self._owner._translate_errors("for NCCL", timeout):
-                while not (done := work.is_completed()) and not patience.is_over():
-                    patience.pause()
-                # If it has failed or is late, this raises, and ends NCCL's kernels, for which streams would wait.
-                work.wait(timedelta(milliseconds=1))
-                if not done:  # older torch only lets the stream wait
-                    raise PeerLostError(f"rank {self._owner.rank} of {self.size} waited {timeout:g} s for NCCL.")
+            with owner._translate_errors("for NCCL", timeout):
+                while not work.is_completed():
+                    if patience.pause() and patience.is_over():
+                        waited = f"{patience.waited:.1f} s of {timeout:g} s"
+                        raise PeerLostError(f"rank {owner.rank} of {owner.size} waited {waited} for NCCL.")
+                work.wait(timedelta(milliseconds=1))  # is over: raises what has failed, else the stream need not wait
+            owner.on_device -= 1
 
         return wait
