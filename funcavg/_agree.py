@@ -32,7 +32,7 @@ HAS_ERROR, DONATES_TIES = 1, 2
 TEXT_BYTES = 64 << 10  # of a compressed text; more is cut off
 SHOWN = 5  # differences listed in an error
 NOTHING_MOVED = "Nothing was sent and the inputs are unchanged, on every rank."
-ERRORS: dict[str, type[Exception]] = {
+ERRORS: dict[str, type[Exception]] = {  # the kinds that a rank's mistake keeps on its way to the others
     kind.__name__: kind for kind in (TypeError, ValueError, RuntimeError, NotImplementedError)
 }
 

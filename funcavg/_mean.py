@@ -42,7 +42,7 @@ def mean_into(
     weight 0 is never read, NaN included.
     """
     into = into or element
-    shards, weights = _that_count(shards, weights)
+    shards, weights = _drop_and_scale(shards, weights)
     length = 4 * BLOCK if len(shards) == 2 else BLOCK  # two mostly need no float64 sums
     narrow = into if element == "float32" else element
     if narrow in NATIVE and (narrow != "float16" or "torch" not in sys.modules):
@@ -72,7 +72,9 @@ def mean_into(
                 result[block] = total.astype(np.float32)
 
 
-def _that_count(shards: Sequence[Any], weights: Sequence[float] | None) -> tuple[Sequence[Any], Sequence[float] | None]:
+def _drop_and_scale(
+    shards: Sequence[Any], weights: Sequence[float] | None
+) -> tuple[Sequence[Any], Sequence[float] | None]:
     """Drop shards of weight 0; scale the weights by the largest, lest their sum or a product overflow."""
     if weights is None:
         return shards, None
@@ -144,7 +146,7 @@ def _round_to_odd(bits: npt.NDArray[np.int64]) -> Any:
 
 def tensor_mean_into(out: Any, shards: Sequence[Any], weights: Sequence[float] | None) -> None:
     """Do the same with torch tensors of one dtype and one dimension, on their own device."""
-    shards, weights = _that_count(shards, weights)
+    shards, weights = _drop_and_scale(shards, weights)
     for block in _blocks(out.numel(), DEVICE_BLOCK):
         _tensor_mean(out[block], [shard[block] for shard in shards], weights)
 

@@ -11,7 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["check_schedule", "should_average"]
+__all__ = ["check_schedule", "integer", "should_average"]
 
 
 @overload
@@ -62,13 +62,13 @@ def should_average(step: Any, warmup: int, period: int) -> Any:
         if not jax.numpy.issubdtype(step.dtype, jax.numpy.integer):
             raise TypeError(f"should_average: step must be an integer, got a JAX value of dtype {step.dtype}: {step!r}")
         return (step >= warmup) & ((step - warmup) % period == 0)
-    step = _integer("step", step)
+    step = integer("should_average: step", step)
     return step >= warmup and (step - warmup) % period == 0
 
 
 def check_schedule(warmup: Any, period: Any, who: str = "should_average") -> tuple[int, int]:
     """Return ``warmup`` and ``period`` as Python integers, or raise what `should_average` raises."""
-    warmup, period = _integer("warmup", warmup, who), _integer("period", period, who)
+    warmup, period = integer(f"{who}: warmup", warmup), integer(f"{who}: period", period)
     if period < 1:
         raise ValueError(f"{who}: period must be at least 1, got {period!r}")
     if warmup < 0:
@@ -76,11 +76,12 @@ def check_schedule(warmup: Any, period: Any, who: str = "should_average") -> tup
     return warmup, period
 
 
-def _integer(name: str, value: Any, who: str = "should_average") -> int:
+def integer(what: str, value: Any) -> int:
+    """Return an integer of any kind as Python's; bool is none."""
     is_bool = isinstance(value, (bool, np.bool_)) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
     try:
         if not is_bool:
             return operator.index(value)
     except TypeError:
         pass
-    raise TypeError(f"{who}: {name} must be an integer, got {value!r} of type {type(value).__name__}")
+    raise TypeError(f"{what} must be an integer, got {value!r} of type {type(value).__name__}.")

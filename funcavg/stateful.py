@@ -6,24 +6,19 @@ messages and the order of checks are torch's. Only what differs is written here;
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from funcavg._average import average, report_mistake
-from funcavg._errors import TreeMismatchError, missing_extra
-from funcavg._schedule import should_average
-from funcavg.collectives import as_collective
+from funcavg._errors import missing_extra
+from funcavg._schedule import integer, should_average
 
 try:
     import torch
-    import torch.distributed as dist
     import torch.distributed.algorithms.model_averaging.averagers as torch_averagers
     import torch.distributed.algorithms.model_averaging.hierarchical_model_averager as torch_hierarchical
-    from torch.distributed.algorithms.model_averaging.utils import get_params_to_average
     from torch.distributed.optim import PostLocalSGDOptimizer as TorchPostLocalSGDOptimizer
+
+    from funcavg._stateful import Parameters, average_parameters, check_hierarchical, check_periodic
 except ImportError as error:
     raise missing_extra("funcavg.stateful", "torch with torch.distributed", "torch") from error
 
@@ -31,8 +26,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["HierarchicalModelAverager", "ModelAverager", "PeriodicModelAverager", "PostLocalSGDOptimizer"]
-
-Parameters = Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]]
 
 
 class ModelAverager(torch_averagers.ModelAverager):
@@ -74,7 +67,7 @@ class ModelAverager(torch_averagers.ModelAverager):
             )
         if set(state_dict) != {"step"}:
             raise ValueError(f"{who}: state_dict must have the one key 'step', got {list(state_dict)!r}")
-        step = _integer(f"{who}: the step", state_dict["step"])
+        step = integer(f"{who}: the step", state_dict["step"])
         if step < 0:
             raise ValueError(f"{who}: the step must be at least 0, got {step}")
         self.step = step
@@ -126,7 +119,7 @@ class PeriodicModelAverager(ModelAverager, torch_averagers.PeriodicModelAverager
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Check types. Not in ``__init__``: a frame before torch's would move its warning away from the user's line."""
         if cls.__init__ is torch_averagers.PeriodicModelAverager.__init__:  # a subclass may take other arguments
-            _check_periodic(*args, **kwargs)
+            check_periodic(*args, **kwargs)
         return super().__new__(cls)
 
     __new__.__wrapped__ = torch_averagers.PeriodicModelAverager.__init__  # type: ignore[attr-defined]  # for help()
@@ -156,7 +149,7 @@ class PeriodicModelAverager(ModelAverager, torch_averagers.PeriodicModelAverager
             None on steps that do not average; otherwise that of `average`.
         """
         if should_average(self.step, warmup=self.warmup_steps, period=self.period):
-            _average_parameters(params, self.process_group)
+            average_parameters(params, self.process_group)
         self.step += 1
 
 
@@ -209,7 +202,7 @@ class HierarchicalModelAverager(ModelAverager, torch_hierarchical.HierarchicalMo
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Check types and the hierarchy, as `PeriodicModelAverager` checks types."""
         if cls.__init__ is torch_hierarchical.HierarchicalModelAverager.__init__:
-            _check_hierarchical(*args, **kwargs)
+            check_hierarchical(*args, **kwargs)
         return super().__new__(cls)
 
     __new__.__wrapped__ = torch_hierarchical.HierarchicalModelAverager.__init__  # type: ignore[attr-defined]  # for help()
@@ -223,7 +216,7 @@ class HierarchicalModelAverager(ModelAverager, torch_hierarchical.HierarchicalMo
         if self.step >= self.warmup_steps:
             group = self._find_process_group()  # type: ignore[no-untyped-call]  # torch's
             if group is not None:
-                _average_parameters(params, group)
+                average_parameters(params, group)
         self.step += 1
 
 
@@ -277,82 +270,3 @@ class PostLocalSGDOptimizer(TorchPostLocalSGDOptimizer):
     @param_groups.setter
     def param_groups(self, param_groups: list[dict[str, Any]]) -> None:
         self.optim.param_groups = param_groups
-
-
-def _average_parameters(params: Parameters, group: Any) -> None:
-    """Average, in place, the parameters that have a gradient."""
-    try:
-        items: list[Any] = [{"params": list(item["params"])} if isinstance(item, dict) else item for item in params]
-        chosen = {id(param) for param in get_params_to_average(items)}
-    except Exception as mistake:
-        _raise_on_every_rank(mistake, group)
-    if as_collective(group) is None:
-        return
-
-    def leaf(param: torch.nn.Parameter) -> torch.Tensor | None:
-        return param.data if id(param) in chosen else None
-
-    tree = [{"params": list(map(leaf, item["params"]))} if isinstance(item, dict) else leaf(item) for item in items]
-    try:
-        average(tree, group, donate=True)
-    except TreeMismatchError as mismatch:
-        raise TreeMismatchError(f"{mismatch} A parameter whose grad is None counts as no leaf.") from None
-    except ValueError as refusal:
-        reason = str(refusal).partition("donate=True, but ")[2].partition(" Pass donate=False")[0]
-        if not reason:
-            raise
-        raise ValueError(
-            f"average_parameters: parameters are averaged in their own memory, but {reason} Average one of them, or "
-            f"copies. Nothing was sent and the parameters are unchanged, on every rank."
-        ) from None
-    if not chosen:  # on no rank, for they have just agreed
-        total = sum(len(item["params"]) if isinstance(item, dict) else 1 for item in items)
-        raise ValueError(
-            f"average_parameters: none of the {total} parameters has a gradient, on any rank, so there is nothing to "
-            f"average. Call it after backward() and before zero_grad()."
-        )
-
-
-def _raise_on_every_rank(mistake: Exception, group: Any) -> NoReturn:
-    """Raise this rank's mistake here, and let the ranks that wait in `average` hear of it."""
-    with suppress(Exception):  # the same mistake, in other words
-        report_mistake(mistake, group)
-    raise mistake
-
-
-def _check_periodic(period: Any = 1, warmup_steps: Any = 0, *_: Any, **__: Any) -> None:
-    _integer("Arg ``period``", period)
-    _integer("Arg ``warmup_steps``", warmup_steps)
-
-
-def _check_hierarchical(
-    period_group_size_dict: Any = None, warmup_steps: Any = 0, process_group: Any = None, *_: Any, **__: Any
-) -> None:
-    """Refuse what torch accepts and should not. The rest is left to torch's own words."""
-    arg, given = "arg ``period_group_size_dict``", period_group_size_dict
-    if given is not None:
-        if not isinstance(given, Mapping):
-            raise TypeError(f"A{arg[1:]} must be a mapping, got {given!r} of type {type(given).__name__}.")
-        periods = [_integer(f"A period in {arg}", period) for period in given]
-        sizes = [_integer(f"A group size in {arg}", size) for size in given.values()]
-        if periods != sorted(periods):
-            raise ValueError(
-                f"Periods in {arg} must ascend, got {periods}. The last one that divides a step is used, so a larger "
-                f"one before it may never be."
-            )
-        if any(smaller < 1 or larger % smaller for smaller, larger in pairwise(sizes)):
-            raise ValueError(f"Group sizes in {arg} must be positive and each divide the next, got {sizes}.")
-    _integer("Arg ``warmup_steps``", warmup_steps)
-    outside = dist.GroupMember.NON_GROUP_MEMBER
-    if process_group not in (None, outside) and not isinstance(process_group, dist.ProcessGroup):
-        kind = type(process_group).__name__
-        raise TypeError(f"Arg ``process_group`` must be a ProcessGroup or None, got {process_group!r} of type {kind}.")
-
-
-def _integer(what: str, value: Any) -> int:
-    try:
-        if not (isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))):
-            return operator.index(value)
-    except TypeError:
-        pass
-    raise TypeError(f"{what} must be an integer, got {value!r} of type {type(value).__name__}.")

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import run_processes
-from trees import assert_is_mean
+from trees import GPU, assert_is_mean
 
 from funcavg import PeerLostError, _device, _points, average, start_average
 from funcavg._arrays.torch import Tensors
@@ -49,8 +49,9 @@ def test_which_way_leaves_of_an_accelerator_take(backend, element, weighted, rou
 
 
 def gpu(test):
-    needs_one = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-    return pytest.mark.gpu(needs_one(test))
+    for mark in GPU:
+        test = mark(test)
+    return test
 
 
 def written_late(value, size=1_000_000):
@@ -169,7 +170,7 @@ def test_a_collective_of_nccl_that_is_late_is_aborted_and_no_stream_waits_for_it
     work = Work(over=False)
     verbs, owner, aborted = nccl_of(work)
     wait = verbs.average(torch.ones(3), 0.2)
-    with pytest.raises(PeerLostError, match=r"rank 0 of 2 waited 0\.[234] s of 0\.2 s for NCCL"):
+    with pytest.raises(PeerLostError, match=r"rank 0 of 2 waited [0-4]\.\d s of 0\.2 s for NCCL"):
         wait()
     owner.abort()
     assert aborted

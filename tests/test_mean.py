@@ -7,15 +7,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from trees import NUMPY_FLOATS, TORCH_FLOATS, assert_is_mean, bits, build, numpy_dtype
+from trees import GPU, NUMPY_FLOATS, TORCH_FLOATS, assert_is_mean, bits, build, numpy_dtype
 from trees import Spec as S
 
 from funcavg import _mean
 from funcavg._mean import mean_into, tensor_mean_into
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 ELEMENTS = sorted({*NUMPY_FLOATS, *TORCH_FLOATS})
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])]
+DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 SMALL = [name for name in ELEMENTS if name != "longdouble" and numpy_dtype(name).itemsize == 1]
 
 

@@ -20,7 +20,7 @@ from processes import run_processes
 from torch.distributed.optim import PostLocalSGDOptimizer as TorchOptimizer
 
 import funcavg
-from funcavg import TreeMismatchError, stateful
+from funcavg import TreeMismatchError, _stateful, stateful
 from funcavg.testing import run_ranks
 
 OURS, THEIRS = funcavg.PeriodicModelAverager, torch_averagers.PeriodicModelAverager
@@ -244,7 +244,7 @@ def test_a_hierarchy_averages_at_torchs_steps_over_torchs_groups(periods, warmup
     """Periods divide the step, not the steps since the warm-up; the largest wins; all steps count."""
     trace = {OUR_HIERARCHY: [], THEIR_HIERARCHY: []}
     for kind, module, name in [
-        (OUR_HIERARCHY, stateful, "_average_parameters"),
+        (OUR_HIERARCHY, stateful, "average_parameters"),
         (THEIR_HIERARCHY, torch_utils, "average_parameters_or_parameter_groups"),
     ]:
         with warnings.catch_warnings(), mock.patch.object(module, name) as average:
@@ -307,7 +307,7 @@ def train_both(rank, period, warmup):
             both.append((net, optimizer_of(net), kind(period, warmup)))
     steps, firings = ([], []), []
     patches = (
-        mock.patch.object(stateful, "average", wraps=stateful.average),
+        mock.patch.object(_stateful, "average", wraps=_stateful.average),
         mock.patch.object(torch_utils, "average_parameters", wraps=torch_utils.average_parameters),
     )
     with patches[0] as ours, patches[1] as theirs:
@@ -433,7 +433,7 @@ def test_mixed_dtypes(ranks):
 def test_periodic_averagers_take_whatever_group_average_takes():
     mesh = dist.init_device_mesh("cpu", (1,))
     averager = OURS(2, process_group=mesh)
-    with mock.patch.object(stateful, "average", wraps=stateful.average) as average:
+    with mock.patch.object(_stateful, "average", wraps=_stateful.average) as average:
         averager.average_parameters(parameters(torch.ones(2)))
     assert average.call_args.args[1] is mesh
     averager = OURS(2, process_group="ranks")

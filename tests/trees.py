@@ -12,10 +12,15 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import optree
+import pytest
 import torch
 from hypothesis import strategies as st
 from optree.registry import __GLOBAL_NAMESPACE as GLOBAL_NAMESPACE
 
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 ML_DTYPES = [name for name in dir(ml_dtypes) if name.startswith(("bfloat", "float"))]
 NUMPY_FLOATS = ["float16", "float32", "float64", "longdouble", *ML_DTYPES]
 COMPLEX = ["complex64", "complex128"]

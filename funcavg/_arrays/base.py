@@ -28,7 +28,7 @@ class Leaf(NamedTuple):
 
 
 class Family:
-    """How to read, make and name one kind of leaf."""
+    """How to read, make and name one kind of leaf. Abstract: each kind has its own of what is not implemented here."""
 
     mutable = True  # False: even a donated leaf is replaced by a new object
 

@@ -28,7 +28,7 @@ class AgreedError(CliError):
 
 
 class Job:
-    """The ranks that a command runs on, over one library."""
+    """The ranks that a command runs on, over one library. Abstract: below, what each library does in its own way."""
 
     rank: int
     size: int
