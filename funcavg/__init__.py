@@ -12,10 +12,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from funcavg._average import average, start_average
+from funcavg._engine import Handle
 from funcavg._errors import FuncavgError, PeerLostError, TreeMismatchError
-from funcavg._handle import Handle
 from funcavg._schedule import should_average
-from funcavg._stacked import stacked
+from funcavg._transforms import stacked
 from funcavg.collectives.base import Collective
 
 if TYPE_CHECKING:

@@ -5,27 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
-from funcavg import _tree
-from funcavg._axis import average_over_axis, is_axis
 from funcavg._compile import not_compiled
-from funcavg._engine import carry_out
-from funcavg._handle import Flight, Handle
-from funcavg._jax_primitive import average_traced, is_traced
-from funcavg._request import Where, failed_request, make_request
-from funcavg._session import session_of
-from funcavg._stacked import Stacked, average_stacked
-from funcavg._transforms import average_differentiably, is_transformed
+from funcavg._engine import Handle, carry_out, session_of
+from funcavg._transforms import Call, way_of
+from funcavg._trees import Options, Where, failed_request
 from funcavg.collectives import as_collective
 
 __all__ = ["Handle", "average", "report_mistake", "start_average"]
 
 T = TypeVar("T")
-TIMEOUT = 300.0  # seconds
-LONGEST = 1e7  # seconds; clocks take no more than some 1e9
 
 
 @not_compiled
-def average(
+def average(  # noqa: PLR0913  # public: its options are keywords
     params_tree: T,
     group: Any = None,
     *,
@@ -100,43 +92,20 @@ def average(
     References:
         Stich, [Local SGD Converges Fast and Communicates Little](https://arxiv.org/abs/1805.09767), ICLR 2019.
     """
-    seconds = _check_timeout(timeout, "average")
-    if is_axis(group):
-        return cast("T", average_over_axis(params_tree, group, weight, where))
-    if isinstance(group, Stacked):
-        return cast("T", average_stacked(params_tree, group, weight, where, donate=donate))
-    collective = as_collective(group)
-    if collective is None:
-        return params_tree
-    session = session_of(collective)
-    try:
-        everything, spec = _tree.flatten(params_tree)
-    except Exception as mistake:  # a container that cannot be walked
-        request = failed_request(mistake)
-    else:
-        if is_traced(everything, weight):
-            return cast("T", average_traced(everything, spec, collective, session, weight, where, seconds))
-        if is_transformed(everything):
-            return cast(
-                "T", average_differentiably(everything, spec, collective, session, weight, where, donate, seconds)
-            )
-        request = make_request(everything, spec, weight=weight, where=where, donate=donate)
-    with session.entered("average"):
-        results = carry_out(request, collective, session, seconds)
-    return cast("T", request.rebuild(results))
+    call = _call("average", params_tree, group, Options(weight, where, donate, timeout))
+    return cast("T", way_of(call).average(call))
 
 
 def report_mistake(mistake: Exception, group: Any) -> None:
     """Come to a call of `average` that the other ranks make, only to raise a mistake of this rank on all of them."""
     collective = as_collective(group)
     if collective is not None:
-        session = session_of(collective)
-        with session.entered("average"):
-            carry_out(failed_request(mistake), collective, session, TIMEOUT)
+        with session_of(collective).entered("average"):
+            carry_out(failed_request(mistake, Options()), collective)
 
 
 @not_compiled
-def start_average(
+def start_average(  # noqa: PLR0913  # as average
     params_tree: T,
     group: Any = None,
     *,
@@ -179,41 +148,9 @@ def start_average(
         >>> run_ranks(2, fn)
         [{'w': array([0.5])}, {'w': array([0.5])}]
     """
-    seconds = _check_timeout(timeout, "start_average")
-    if is_axis(group):
-        raise RuntimeError(f"start_average: group={group!r} is an axis name; under JAX transformations use average")
-    if isinstance(group, Stacked):
-        return Handle(average_stacked(params_tree, group, weight, where, donate=donate))
-    collective = as_collective(group)
-    if collective is None:
-        return Handle(params_tree)
-    session = session_of(collective)
-    try:
-        everything, spec = _tree.flatten(params_tree)
-    except Exception as mistake:
-        request = failed_request(mistake)
-    else:
-        if is_traced(everything, weight):
-            raise RuntimeError("start_average: not inside JAX's transformations; use average")
-        if is_transformed(everything):
-            raise RuntimeError(
-                "start_average: not under torch.func transforms, nor for leaves that require grad while gradients are "
-                "recorded. Call it under torch.no_grad(), or use average."
-            )
-        request = make_request(everything, spec, weight=weight, where=where, donate=donate)
-    session.enter("start_average")
-    try:
-        return Handle(None, Flight(request, collective, session, seconds))
-    except BaseException:  # no thread to be had
-        session.leave()
-        raise
+    call = _call("start_average", params_tree, group, Options(weight, where, donate, timeout))
+    return cast("Handle[T]", way_of(call).start(call))
 
 
-def _check_timeout(timeout: float | None, who: str) -> float:
-    if timeout is None:
-        return TIMEOUT
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
-        raise TypeError(f"{who}: timeout must be a number of seconds or None, got {timeout!r}")
-    if not 0 < timeout <= LONGEST:
-        raise ValueError(f"{who}: timeout must be positive and at most {LONGEST:g} seconds, got {timeout!r}")
-    return float(timeout)
+def _call(who: str, params_tree: Any, group: Any, options: Options) -> Call:
+    return Call(who, params_tree, group, options.checked(who))

@@ -16,8 +16,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from funcavg import _tree
-from funcavg._arrays import is_jax, zeros_like
+from funcavg._trees import combine, flatten, is_jax, unflatten, zeros_like
 
 __all__ = ["MomentumState", "Outer", "as_outer", "nesterov", "sgd"]
 
@@ -119,14 +118,14 @@ def _gradient_descent(lr: Any, momentum: Any, step: Callable[[Any, Any], Any]) -
         raise ValueError(f"outer: momentum must be at least 0 and less than 1, got {momentum!r}")
 
     def init(anchor: Any) -> MomentumState:
-        return MomentumState(_tree.combine(zeros_like, anchor) if momentum else None)
+        return MomentumState(combine(zeros_like, anchor) if momentum else None)
 
     def update(pseudo_gradient: Any, state: MomentumState, anchor: Any = None) -> tuple[Any, MomentumState]:
         del anchor  # a rule that needs only the direction
         if not momentum:
-            return _tree.combine(lambda delta: -lr * delta, pseudo_gradient), state
-        velocity = _tree.combine(lambda u, delta: momentum * u + delta, state.momentum, pseudo_gradient)
-        return _tree.combine(step, velocity, pseudo_gradient), MomentumState(velocity)
+            return combine(lambda delta: -lr * delta, pseudo_gradient), state
+        velocity = combine(lambda u, delta: momentum * u + delta, state.momentum, pseudo_gradient)
+        return combine(step, velocity, pseudo_gradient), MomentumState(velocity)
 
     return Outer(init, update)
 
@@ -143,7 +142,7 @@ def as_outer(outer: Any) -> Stepper:
     if hasattr(outer, "init") and hasattr(outer, "update"):
 
         def init(anchor: Any) -> Any:
-            strangers = {type(leaf).__name__ for leaf in _tree.flatten(anchor)[0] if not is_jax(leaf)}
+            strangers = {type(leaf).__name__ for leaf in flatten(anchor)[0] if not is_jax(leaf)}
             if strangers and not isinstance(outer, Outer):
                 raise TypeError(
                     f"diloco: an optax transform as outer is for trees of JAX arrays, got {sorted(strangers)}. (A pair "
@@ -153,7 +152,7 @@ def as_outer(outer: Any) -> Stepper:
 
         def step(pseudo_gradient: Any, state: Any, anchor: Any) -> tuple[Any, Any]:
             updates, state = outer.update(pseudo_gradient, state, anchor)
-            return _tree.combine(lambda leaf, change: _of_its_dtype(leaf + change, leaf), anchor, updates), state
+            return combine(lambda leaf, change: _of_its_dtype(leaf + change, leaf), anchor, updates), state
 
         return Stepper(init, step)
     if callable(outer):
@@ -176,7 +175,7 @@ def _torch_optimizer(factory: Callable[[Any], Any]) -> Stepper:
 
     def made(anchor: Any, state: Any) -> tuple[list[Any], Any, Any]:
         torch: Any = sys.modules.get("torch")
-        leaves, spec = _tree.flatten(anchor)
+        leaves, spec = flatten(anchor)
         if torch is None or not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
             kinds = sorted({type(leaf).__name__ for leaf in leaves})
             raise TypeError(f"diloco: a torch optimizer as outer is for trees of torch tensors, got {kinds}")
@@ -210,10 +209,10 @@ def _torch_optimizer(factory: Callable[[Any], Any]) -> Stepper:
 
     def step(pseudo_gradient: Any, state: Any, anchor: Any) -> tuple[Any, Any]:
         params, optimizer, spec = made(anchor, state)
-        for param, delta in zip(params, _tree.flatten(pseudo_gradient)[0], strict=True):
+        for param, delta in zip(params, flatten(pseudo_gradient)[0], strict=True):
             param.grad = delta
         optimizer.step()
-        return _tree.unflatten(spec, [param.detach() for param in params]), state_of(optimizer)
+        return unflatten(spec, [param.detach() for param in params]), state_of(optimizer)
 
     return Stepper(init, step)
 

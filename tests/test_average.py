@@ -8,9 +8,7 @@ import numpy as np
 import optree
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
-from trees import (
+from helpers.trees import (
     VALUES,
     Point,
     Spec,
@@ -27,8 +25,12 @@ from trees import (
     specs,
     trees,
 )
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
-from funcavg import _buckets, _session, average
+from funcavg import average
+from funcavg._engine import buckets as cutting
+from funcavg._engine import session
 from funcavg.testing import run_ranks
 
 sizes = st.integers(1, 6)
@@ -47,7 +49,7 @@ def buckets(tiny: bool) -> Iterator[None]:
     if not tiny:
         yield
         return
-    with mock.patch.object(_session, "bucket_bytes", return_value=256), mock.patch.object(_buckets, "LARGE", 128):
+    with mock.patch.object(session, "bucket_bytes", return_value=256), mock.patch.object(cutting, "LARGE", 128):
         yield
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from processes import run_processes
+from helpers.processes import run_processes
 
-from funcavg import FuncavgError, PeerLostError, _session, average, start_average
+from funcavg import FuncavgError, PeerLostError, average, start_average
+from funcavg._engine import session
 from funcavg.collectives import Solo
 from funcavg.collectives.threads import Threads
 from funcavg.collectives.torch import TorchCollective
@@ -127,7 +128,7 @@ def test_a_transport_that_gathers_too_little():
 
 
 def test_spent_groups_keep_no_memory_that_nobody_can_write_to():
-    kept = len(_session._GRAVEYARD)
+    kept = len(session._GRAVEYARD)
 
     def fn(group):
         average(np.ones(1_000_000), group)
@@ -136,7 +137,7 @@ def test_spent_groups_keep_no_memory_that_nobody_can_write_to():
                 average(np.ones(1_000_000), group, timeout=0.1)
 
     run_ranks(2, fn)
-    assert len(_session._GRAVEYARD) == kept
+    assert len(session._GRAVEYARD) == kept
 
 
 def test_gradients_asked_for_on_one_rank_only_do_not_change_what_is_sent():

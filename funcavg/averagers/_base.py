@@ -12,12 +12,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from funcavg import _tree
-from funcavg._agree import digest
 from funcavg._average import average, report_mistake
-from funcavg._axis import is_axis
-from funcavg._request import Layout, Request, Where, make_request
-from funcavg._stacked import Stacked
+from funcavg._transforms import Stacked, is_axis
+from funcavg._trees import Layout, Options, Request, Where, digest, flatten, make_request, unflatten
 from funcavg.collectives import as_collective
 
 __all__ = [
@@ -98,13 +95,13 @@ def choose(index: Any, branches: Sequence[Callable[[Any], Any]], tree: Any) -> A
     if not _is_tracer(index):
         return branches[int(index)](tree)
     jax = sys.modules["jax"]
-    everything, spec = _tree.flatten(tree)
+    everything, spec = flatten(tree)
     kinds = (jax.Array, np.ndarray, np.generic, int, float, complex)
     moving = [i for i, leaf in enumerate(everything) if isinstance(leaf, kinds)]
 
     def of_leaves(branch: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def run(leaves: Any) -> Any:
-            results, _ = _tree.flatten(branch(rebuilt(leaves)))
+            results, _ = flatten(branch(rebuilt(leaves)))
             return [results[i] for i in moving]
 
         return run
@@ -113,7 +110,7 @@ def choose(index: Any, branches: Sequence[Callable[[Any], Any]], tree: Any) -> A
         whole = list(everything)
         for i, leaf in zip(moving, leaves, strict=True):
             whole[i] = leaf
-        return _tree.unflatten(spec, whole)
+        return unflatten(spec, whole)
 
     return rebuilt(
         jax.lax.switch(
@@ -136,7 +133,8 @@ def without_grad() -> contextlib.AbstractContextManager[Any]:
 
 def described(tree: Any, where: Where | None = None, *, donate: bool = False, ties: bool = False) -> Request:
     """Return a tree, taken apart, or raise what is wrong with it. Only asked for, ties and donation are looked at."""
-    request = make_request(*_tree.flatten(tree), where=where, donate=donate, wrapped=not (ties or donate))
+    options = Options(where=where, donate=donate)
+    request = make_request(flatten(tree), options, wrapped=not (ties or donate))
     if request.claim.error is not None:
         raise request.claim.error
     return request
@@ -199,29 +197,20 @@ def _is_tracer(value: Any) -> bool:
     return jax is not None and isinstance(value, jax.core.Tracer)
 
 
-def synchronise(
-    tree: T,
-    group: Any,
-    *,
-    method: str,
-    step: Any,
-    weight: Any = None,
-    where: Where | None = None,
-    donate: bool = False,
-) -> T:
+def synchronise(tree: T, group: Any, options: Options, *, method: str, step: Any) -> T:
     """Average a tree, and log it to the logger ``funcavg``: method, step, leaves, bytes that this rank sent, seconds.
 
     Nothing is logged while JAX traces, when nothing is averaged yet.
     """
-    everything, _ = _tree.flatten(tree)
-    traced = any(map(_is_tracer, (*everything, step, weight)))
+    everything, _ = flatten(tree)
+    traced = any(map(_is_tracer, (*everything, step, options.weight)))
     if traced or is_axis(group) or not takes_part(group) or not _LOG.isEnabledFor(logging.INFO):
-        return average(tree, group, weight=weight, where=where, donate=donate)
+        return average(tree, group, **vars(options))
     collective = group if isinstance(group, Stacked) else as_collective(group)
     sent, start = getattr(collective, "bytes_sent", 0), time.perf_counter()
-    result = average(tree, group, weight=weight, where=where, donate=donate)
+    result = average(tree, group, **vars(options))
     seconds = time.perf_counter() - start
-    leaves = len(layout_of(described(result, where)).averaged)
+    leaves = len(layout_of(described(result, options.where)).averaged)
     _LOG.info(
         "%s: step %d, %d leaves averaged, %d bytes sent, %.6f seconds",
         method,

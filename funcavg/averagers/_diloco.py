@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from funcavg import _tree
 from funcavg import outer as outer_optimizers
-from funcavg._agree import Agreement
-from funcavg._engine import move
-from funcavg._jax_primitive import is_traced
-from funcavg._request import Layout, Request, Where
+from funcavg._engine import Agreement, move
 from funcavg._schedule import check_schedule, should_average
-from funcavg._session import session_of
+from funcavg._transforms import is_traced
+from funcavg._trees import Layout, Options, Request, Where, combine, flatten, unflatten
 from funcavg.averagers._base import (
     Averager,
     averaged_lines,
@@ -144,7 +140,7 @@ def diloco(
             return DiLoCoState(0, anchor, optimizer.init(anchor))
 
     def anchor_at(step: Any, params: Any, weight: Any = None) -> Any:
-        mean = synchronise(params, group, method="diloco, anchor", step=step, weight=weight, where=where)
+        mean = synchronise(params, group, Options(weight, where), method="diloco, anchor", step=step)
         return _averaged_part(described(mean, where))
 
     def update(params: Any, state: DiLoCoState, *, weight: Any = None, donate: bool = False) -> Any:
@@ -156,11 +152,10 @@ def diloco(
             params, anchor, memory = everything
             with failing_everywhere(group, others_wait=True):
                 request = described(params, where, donate=donate, ties=not _is_traced(params))
-                change = _tree.combine(lambda old, new: old - new, anchor, _averaged_part(request))
+                change = combine(lambda old, new: old - new, anchor, _averaged_part(request))
                 delta = _tie(change, request.ties)
-            mean = synchronise(
-                delta, group, method="diloco", step=step, weight=weight, donate=donate or not request.ties
-            )
+            options = Options(weight, donate=donate or not request.ties)
+            mean = synchronise(delta, group, options, method="diloco", step=step)
             anchor, memory = optimizer.step(mean, memory, anchor)
             return _with_values(request, anchor, _agreed(request.ties, mean)), anchor, memory
 
@@ -186,11 +181,11 @@ def diloco(
 
 def _averaged_part(request: Request) -> Any:
     """Return a tree with None in the place of what is not averaged, and tensors in that of parameters."""
-    part: list[Any] = [None] * len(request.everything)
+    part: list[Any] = [None] * len(request.flat.leaves)
     for i in layout_of(request).averaged:
-        leaf = request.everything[i]
+        leaf = request.flat.leaves[i]
         part[i] = leaf.detach() if hasattr(leaf, "detach") else leaf
-    return _tree.unflatten(request.spec, part)
+    return unflatten(request.flat.spec, part)
 
 
 def _check_tree(anchor: Any, params: Any, where: Where | None) -> None:
@@ -217,22 +212,22 @@ def _differences(ours: Layout, theirs: Layout) -> str:
 
 
 def _tie(delta: Any, ties: Mapping[int, int]) -> Any:
-    leaves, spec = _tree.flatten(delta)
-    return _tree.unflatten(spec, [leaves[ties.get(i, i)] for i in range(len(leaves))])
+    leaves, spec = flatten(delta)
+    return unflatten(spec, [leaves[ties.get(i, i)] for i in range(len(leaves))])
 
 
 def _agreed(ties: Mapping[int, int], mean: Any) -> dict[int, int]:
-    leaves, _ = _tree.flatten(mean)
+    leaves, _ = flatten(mean)
     return {i: first for i, first in ties.items() if leaves[i] is leaves[first]}
 
 
 def _with_values(request: Request, anchor: Any, ties: dict[int, int]) -> Any:
     """Return a tree whose averaged leaves have an anchor's values, in memory of their own: donated, or new."""
-    values, _ = _tree.flatten(anchor)
-    if _is_traced(request.everything) or _is_traced(values):  # XLA sees to the memory
+    values, _ = flatten(anchor)
+    if is_traced(request.flat.leaves, None) or is_traced(values, None):  # XLA sees to the memory
         return request.rebuild(values)
     request, copying = request._replace(ties=ties), _Values(values)
-    return request.rebuild(move(request, Agreement(None, same_ties=True), copying, session_of(copying), math.inf))
+    return request.rebuild(move(request, Agreement(None, same_ties=True), copying))
 
 
 class _Values(Solo):
@@ -249,4 +244,4 @@ class _Values(Solo):
 
 
 def _is_traced(tree: Any) -> bool:
-    return is_traced(_tree.flatten(tree)[0], None)
+    return is_traced(flatten(tree)[0], None)

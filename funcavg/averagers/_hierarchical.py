@@ -7,10 +7,9 @@ from itertools import pairwise
 from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
-from funcavg._axis import is_axis
-from funcavg._request import Where
 from funcavg._schedule import check_schedule, should_average
-from funcavg._stacked import Stacked
+from funcavg._transforms import Stacked, is_axis
+from funcavg._trees import Options, Where
 from funcavg.averagers._base import (
     Averager,
     check_tree,
@@ -116,9 +115,8 @@ def hierarchical(
 
         def meet_at(level: int) -> Any:
             method = f"hierarchical, period {periods[level]}"
-            return lambda params: synchronise(
-                params, groups[level], method=method, step=step, weight=weight, where=where, donate=donate
-            )
+            options = Options(weight, where, donate)
+            return lambda params: synchronise(params, groups[level], options, method=method, step=step)
 
         def meet(level: int) -> Any:
             """Average at this level, or at a higher one: periods nest, so that it is due only if this one is."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from funcavg._request import Where
 from funcavg._schedule import check_schedule, should_average
+from funcavg._trees import Options, Where
 from funcavg.averagers._base import (
     Averager,
     check_tree,
@@ -91,7 +91,7 @@ def periodic(period: int, *, warmup: int = 0, group: Any = None, where: Where | 
         step = step_of(state)
 
         def meet(params: Any) -> Any:
-            return synchronise(params, group, method="periodic", step=step, weight=weight, where=where, donate=donate)
+            return synchronise(params, group, Options(weight, where, donate), method="periodic", step=step)
 
         with without_grad():
             fires = should_average(step, warmup=warmup, period=period)

@@ -1,0 +1,28 @@
+"""Ranks agree, then bytes move, then one kernel averages them.
+
+`engine.py` is the way of a call: agree (`agree.py`), cut leaves into buckets (`buckets.py`), carry these over a
+transport (`lanes.py`) or through a host's memory (`node_lane.py`), sum (`mean.py`). `session.py` is what is remembered
+of a group, `flight.py` a call in the background.
+"""
+
+from __future__ import annotations
+
+from funcavg._engine.agree import Agreement
+from funcavg._engine.buckets import host_memory
+from funcavg._engine.engine import carry_out, move, reach_agreement
+from funcavg._engine.flight import Flight, Handle
+from funcavg._engine.mean import mean_into, tensor_mean_into
+from funcavg._engine.session import session_of
+
+__all__ = [
+    "Agreement",
+    "Flight",
+    "Handle",
+    "carry_out",
+    "host_memory",
+    "mean_into",
+    "move",
+    "reach_agreement",
+    "session_of",
+    "tensor_mean_into",
+]

@@ -1,0 +1,158 @@
+"""The engine: agree, then move a request's leaves through buckets, by the lanes that they need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from funcavg._engine.agree import Agreement, agree
+from funcavg._engine.buckets import Bucket, Lender, make_plan
+from funcavg._engine.device_slots import DEVICE_BUCKET
+from funcavg._engine.lanes import Cargo, DeviceLane, Lane
+from funcavg._engine.node_lane import NodeLane, NodeSlots
+from funcavg._engine.session import Session, session_of
+from funcavg._errors import PeerLostError
+from funcavg._trees import Layout, Request
+from funcavg.collectives.base import Collective
+
+__all__ = ["carry_out", "move", "reach_agreement"]
+
+
+def carry_out(request: Request, collective: Collective) -> list[Any]:
+    """Agree and move: return the means of the request's averaged leaves."""
+    return move(request, reach_agreement(request, collective), collective)
+
+
+def reach_agreement(request: Request, collective: Collective) -> Agreement:
+    """Let all ranks agree about their requests, or raise the same error on each of them."""
+    session = session_of(collective)
+    with _spending(session, collective):
+        outcome = agree(collective, request.claim, request.options.seconds, session.gather)
+    if isinstance(outcome, Exception):  # every rank raises it, so the group stays usable
+        raise outcome
+    return outcome
+
+
+def move(request: Request, agreement: Agreement, collective: Collective, out: Sequence[Any] | None = None) -> list[Any]:
+    """Average the leaves that ranks have agreed about; return the results.
+
+    ``out`` are arrays to write them to, of the leaves' own kinds; else there will be new ones. Whoever passes it may
+    free that memory, and the leaves', as soon as this returns or raises.
+    """
+    session, donate = session_of(collective), request.options.donate
+    layout = request.layout
+    assert layout is not None
+    leaves, families = request.leaves, layout.families
+    ties = request.ties if agreement.same_ties else {}
+    carriers = list(leaves)
+    for i in layout.special:
+        carriers[i] = families[i].carrier(leaves[i])
+    with _spending(session, collective):
+        if out is not None:
+            results = [family.carrier(array) for family, array in zip(families, out, strict=True)]
+        elif donate and all([family.mutable for family in layout.members]):
+            results = carriers
+        else:
+            results = [
+                carriers[i] if donate and family.mutable else None if i in ties else family.fresh(leaves[i])
+                for i, family in enumerate(families)
+            ]
+        if collective.size == 1:
+            getattr(collective, "fill", _copy)(layout, carriers, results, ties)
+        else:
+            # After an error, transfers may go on. New results are private until they are returned, and kept by whatever
+            # still writes to them; donated memory must not change, and memory that is freed must not even be read.
+            late = not getattr(collective, "stops_on_error", False)
+            cargo = Cargo(
+                carriers,
+                results,
+                agreement.weights,
+                request.options.seconds,
+                land_in_results=not late or (out is None and not donate),
+                send_from_leaves=not late or out is None,
+            )
+            for lane in _lanes(request, agreement, collective, session):
+                lane.carry(cargo)
+    return _finish(request, leaves, results, ties)
+
+
+def _copy(layout: Layout, carriers: Sequence[Any], results: Sequence[Any], ties: Mapping[int, int]) -> None:
+    for i, family in enumerate(layout.families):
+        if i not in ties and results[i] is not carriers[i]:
+            family.copy([results[i]], [carriers[i]])
+
+
+def _finish(request: Request, leaves: Sequence[Any], results: Sequence[Any], ties: dict[int, int]) -> list[Any]:
+    """Turn filled carriers into results of the leaves' own kinds."""
+    layout = request.layout
+    assert layout is not None
+    finished = list(results)
+    for family in layout.members:
+        special = [i for i in layout.special if layout.families[i] is family and i not in ties]
+        whole = family.finish_all([leaves[i] for i in special], [results[i] for i in special])
+        for i, result in zip(special, whole, strict=True):
+            finished[i] = result
+    tied = {id(leaves[original]): finished[original] for original in ties.values()}
+    for i, original in ties.items():
+        if id(leaves[i]) not in tied:  # another view of the same memory
+            tied[id(leaves[i])] = layout.families[i].tie(leaves[i], finished[original])
+        finished[i] = tied[id(leaves[i])]
+    if request.options.donate:
+        finished = [
+            leaf if family.mutable else result
+            for leaf, family, result in zip(leaves, layout.families, finished, strict=True)
+        ]
+    return finished
+
+
+@contextmanager
+def _spending(session: Session, collective: Collective) -> Iterator[None]:
+    """Declare the group spent if anything goes wrong inside: ranks may then be at different places of a call."""
+    try:
+        yield
+    except BaseException as error:
+        session.spend(error, late_writes=not getattr(collective, "stops_on_error", False))
+        if hasattr(collective, "abort"):
+            collective.abort()
+        if isinstance(error, PeerLostError):
+            cure = "The group is spent: make a new one, and start from one rank's parameters or a checkpoint."
+            words = ["average:", str(error), cure, getattr(collective, "advice", "")]
+            raise PeerLostError(" ".join(filter(None, words))) from error
+        raise
+
+
+def _lanes(
+    request: Request, agreement: Agreement, collective: Collective, session: Session
+) -> Iterator[Lane | NodeLane]:
+    """Yield the lanes that a request needs: leaves on an accelerator first, if the transport has a way for them."""
+    layout = request.layout
+    assert layout is not None
+    ties = request.ties if agreement.same_ties else {}
+    kept = [i for i in range(len(layout.leaves)) if i not in ties]
+    on_device = [i for i in kept if layout.leaves[i].device]
+
+    def plan(numbers: list[int], place: str, rows: int, limit: int, slots: Lender) -> list[Bucket]:
+        key = layout, None if len(numbers) == len(layout.leaves) else tuple(numbers), place
+        pieces = [(i, layout.families[i], layout.leaves[i]) for i in numbers]
+        return session.remember(key, lambda: make_plan(pieces, rows, slots, limit))
+
+    if on_device and agreement.same_places and layout.devices and hasattr(collective, "device_verbs"):
+        (device,) = layout.devices
+        verbs = collective.device_verbs(device.partition(":")[0])
+        if verbs is not None:
+            slots = session.device_slots(device)
+            buckets = plan(on_device, device, collective.size, DEVICE_BUCKET, slots)
+            natively = verbs.averages_natively(weighted=agreement.weights is not None)
+            with slots.in_turn():  # until the lane has carried
+                yield DeviceLane(buckets, verbs, collective.rank, slots, natively)
+            kept = [i for i in kept if not layout.leaves[i].device]
+    if not kept:
+        return
+    node = session.node(collective, request.options.seconds)
+    if node is not None:
+        buckets = plan(kept, "node", node.rows, node.slot_bytes, NodeSlots(node))
+        yield NodeLane(buckets, node, collective, session.crossing(node))
+    else:
+        buckets = plan(kept, "cpu", collective.size, session.bucket_bytes, session.slots())
+        yield Lane(buckets, collective, collective.rank)

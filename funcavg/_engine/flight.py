@@ -1,0 +1,142 @@
+"""A call in the background: what `start_average` returns, and the thread behind it."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import sys
+import threading
+import warnings
+import weakref
+from typing import Any, Generic, TypeVar, cast
+
+from funcavg._compile import not_compiled
+from funcavg._device import Mark
+from funcavg._engine.engine import carry_out
+from funcavg._engine.session import session_of
+from funcavg._trees import Request
+from funcavg.collectives.base import Collective
+
+__all__ = ["Flight", "Handle"]
+
+T = TypeVar("T")
+
+
+class Handle(Generic[T]):
+    """An average under way. Made by `funcavg.start_average`."""
+
+    def __init__(self, result: Any, flight: Flight | None = None) -> None:
+        self._result, self._flight = result, flight
+        self._one_at_a_time = threading.Lock()
+
+    @not_compiled
+    def wait(self) -> T:
+        """Wait for the other ranks and return the averaged tree; raise what `funcavg.average` raises.
+
+        Can be called again, also after an interruption, and from several threads: all get the same tree or error.
+        """
+        with self._one_at_a_time:
+            if self._flight is not None:
+                self._result = self._flight.land()
+                self._flight = None
+        if isinstance(self._result, BaseException):
+            raise self._result
+        return cast("T", self._result)
+
+    def done(self) -> bool:
+        """Say whether there is nothing left to wait for in the background.
+
+        Always true where all work is done inside ``wait()``: leaves on a GPU, groups that cannot be duplicated.
+        """
+        flight = self._flight
+        return flight is None or flight.landed()
+
+    def __del__(self) -> None:
+        flight = getattr(self, "_flight", None)
+        if flight is not None:
+            flight.abandon()
+            warnings.warn(
+                "a handle of start_average was dropped without wait(): its result is lost, and so is any error",
+                RuntimeWarning,
+                stacklevel=2,
+                source=self,
+            )
+
+
+class Flight:
+    """The background of one call. It holds the session, which has been entered, until it is waited for or abandoned."""
+
+    def __init__(self, request: Request, collective: Collective) -> None:
+        self._request, self._collective, self._session = request, collective, session_of(collective)
+        self._outcome: Any = None  # the tree, or the exception
+        torch = sys.modules.get("torch")
+        inference = torch is not None and torch.is_inference_mode_enabled()
+        self._mode = torch.inference_mode if torch is not None and inference else contextlib.nullcontext
+        self._guard, self.pid = threading.Lock(), os.getpid()
+        self._over, self._abandoned = threading.Event(), False
+        devices = set() if request.layout is None else {leaf.device for leaf in request.layout.leaves} - {""}
+        self._given = Mark(devices)  # wait() may be called on other streams than those that write the leaves
+        self._waits_for_caller = bool(devices) or getattr(collective, "in_callers_thread", False)
+        if not self._waits_for_caller:
+            _IN_THE_AIR.add(self)
+            threading.Thread(target=self._fly, name="funcavg start_average", daemon=True).start()
+
+    def _fly(self) -> None:
+        try:
+            with self._mode():  # of the caller's thread
+                self._given.wait()
+                results = carry_out(self._request, self._collective)
+                self._outcome = self._request.rebuild(results)
+        except BaseException as error:  # raised by wait()
+            self._outcome = error
+        with self._guard:
+            _IN_THE_AIR.discard(self)
+            self._over.set()
+            if self._abandoned:
+                self._session.leave()
+
+    def landed(self) -> bool:
+        """Say whether the thread is done, if there is one."""
+        return self._waits_for_caller or self._over.is_set()
+
+    def land(self) -> Any:
+        """Wait, if interrupted (Ctrl-C) again and again, and return the tree or the exception."""
+        if self._waits_for_caller:
+            self._fly()
+        self._over.wait()  # not a join, which an interrupt breaks (CPython issue 90882)
+        self._session.leave()
+        return self._outcome
+
+    def abandon(self) -> None:
+        """Give the session back, now or when the thread is done."""
+        with self._guard:
+            self._abandoned = True
+            if self._waits_for_caller:
+                # Nothing was sent, while other ranks wait for it: they must not meet this rank's next call instead.
+                self.give_up("a handle of start_average was dropped without wait()")
+            if self._waits_for_caller or self._over.is_set():
+                self._session.leave()
+
+    def give_up(self, why: str) -> None:
+        """Spend the group."""
+        self._session.spend(RuntimeError(why), late_writes=True)
+        if hasattr(self._collective, "abort"):
+            self._collective.abort()
+
+    def over_within(self, seconds: float) -> None:
+        """Wait for the thread to be done."""
+        self._over.wait(seconds)
+
+
+_IN_THE_AIR: weakref.WeakSet[Flight] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_flights() -> None:
+    """End what is under way when the interpreter exits: a thread inside Gloo would take the process down with it."""
+    flights = [flight for flight in _IN_THE_AIR if flight.pid == os.getpid()]  # not those of a process forked from
+    for flight in flights:
+        flight.give_up("the interpreter exits")
+    for flight in flights:
+        flight.over_within(5.0)

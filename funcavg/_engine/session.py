@@ -1,0 +1,156 @@
+"""What is remembered of a collective between calls: whether it is usable, and the plans and memory of its buckets.
+
+One call at a time: a session is entered by the thread that averages and by nobody else until it is done.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from funcavg._engine.buckets import Slots, bucket_bytes, host_memory
+from funcavg._engine.device_slots import DeviceSlots
+from funcavg._errors import PeerLostError
+from funcavg.collectives.base import Collective
+
+if TYPE_CHECKING:
+    from funcavg._engine.node_lane import Crossing
+    from funcavg.collectives.node import Node
+
+__all__ = ["Session", "session_of"]
+
+PLANS = 8  # remembered per collective
+T = TypeVar("T")
+
+
+class Session:
+    """State of one collective."""
+
+    def __init__(self, size: int) -> None:
+        self.bucket_bytes = bucket_bytes(size)
+        self._lock = threading.Lock()
+        self._plans: OrderedDict[Hashable, Any] = OrderedDict()
+        self._slots: dict[str, Any] = {}
+        self._node: Node | None = None
+        self._looked_for_node = size == 1
+        self._size, self._pid = size, os.getpid()
+        self._spent: str | None = None
+        self._busy_with = ""
+
+    @contextmanager
+    def entered(self, what: str) -> Iterator[None]:
+        """Hold the session for one call; raise at once if it is spent or another call is under way."""
+        self.enter(what)
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def enter(self, what: str) -> None:
+        """Begin a call."""
+        if self._pid != os.getpid() and self._size > 1:
+            raise RuntimeError(
+                f"{what}: this process was forked from the one that the group belongs to ({self._pid}), and has no "
+                f"part in it. Average where the group was made."
+            )
+        if self._spent is not None:
+            raise PeerLostError(
+                f"{what}: this group is spent, since an earlier call on it failed ({self._spent}). Make a new group "
+                f"and start from one rank's parameters or a checkpoint."
+            )
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(
+                f"{what}: {self._busy_with} is still under way on this group. Only one call at a time can use a group: "
+                f"wait for its handle first, or use a second group."
+            )
+        self._busy_with = what
+
+    def leave(self) -> None:
+        """End a call."""
+        self._lock.release()
+
+    def spend(self, error: BaseException, *, late_writes: bool) -> None:
+        """Declare the group unusable: ranks may no longer agree about where in a call they are.
+
+        ``late_writes``: whether a transfer that has failed may still write to the memory of buckets.
+        """
+        self._spent = f"{type(error).__name__}: {error}"
+        if late_writes:
+            _GRAVEYARD.append(self._slots)
+        self._slots, self._plans = {}, OrderedDict()
+        node, self._node = self._node, None
+        if node is not None:
+            node.close()
+
+    def node(self, collective: Any, timeout: float) -> Node | None:
+        """Return the ranks of this host that share memory; look for them at the first call, together with all ranks."""
+        if not self._looked_for_node:
+            if hasattr(collective, "among") and sys.platform == "linux":
+                from funcavg.collectives.discovery import discover
+
+                self._node = discover(collective, timeout)
+            self._looked_for_node = True
+        return self._node
+
+    @property
+    def gather(self) -> Any:
+        """The gather of the node, once that is known; None before, and where there is none."""
+        return None if self._node is None else self._node.gather
+
+    def crossing(self, node: Node) -> Crossing | None:
+        """Return this rank's way to other nodes, None if there is none or other ranks of its node see to it."""
+        if "crossing" not in self._slots and len(node.nodes) > 1:
+            from funcavg._engine.node_lane import Crossing
+
+            self._slots["crossing"] = Crossing(node.channel, node.slot_bytes // node.shards)
+        return self._slots.get("crossing")
+
+    def slots(self) -> Slots:
+        """Return the bucket memory on the host."""
+        if "cpu" not in self._slots:
+            self._slots["cpu"] = Slots(host_memory, self.bucket_bytes)
+        slots: Slots = self._slots["cpu"]
+        return slots
+
+    def device_slots(self, device: str) -> DeviceSlots:
+        """Return the bucket memory on an accelerator, by torch's name of it."""
+        if device not in self._slots:
+            self._slots[device] = DeviceSlots(device)
+        slots: DeviceSlots = self._slots[device]
+        return slots
+
+    def remember(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return ``make()``, or what it returned for this key before."""
+        if key in self._plans:
+            self._plans.move_to_end(key)
+        else:
+            self._plans[key] = make()
+            if len(self._plans) > PLANS:
+                self._plans.popitem(last=False)
+        result: T = self._plans[key]
+        return result
+
+
+_GRAVEYARD: list[Any] = []
+_SESSIONS: dict[int, Session] = {}  # by id: a user's transport need not be hashable
+_GUARD = threading.Lock()
+
+
+def session_of(collective: Collective) -> Session:
+    """Return the session of a collective; it lives as long as the collective."""
+    key = id(collective)
+    with _GUARD:
+        if key not in _SESSIONS:
+            try:
+                weakref.finalize(collective, _SESSIONS.pop, key, None)
+            except TypeError:
+                cure = "Add '__weakref__' to its __slots__."
+                raise TypeError(f"average: group {collective!r} must allow weak references. {cure}") from None
+            _SESSIONS[key] = Session(collective.size)
+        return _SESSIONS[key]

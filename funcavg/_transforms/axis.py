@@ -1,0 +1,118 @@
+"""Average over an axis name: inside `jax.shard_map`, `jax.pmap` and `jax.vmap(axis_name=...)`.
+
+The ranks are the devices (or batch elements) along the axis, and JAX's own collectives do the work. They run one
+program, so there is nothing to agree about.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from funcavg._engine import Handle, reach_agreement
+from funcavg._transforms.call import Call
+from funcavg._trees import Options, make_request
+from funcavg.collectives.solo import Solo
+
+__all__ = ["average", "is_axis", "start", "takes"]
+
+
+def is_axis(group: Any) -> bool:
+    """Say whether a group is an axis name, or a tuple of them."""
+    return isinstance(group, str) or (
+        isinstance(group, tuple) and bool(group) and all(isinstance(name, str) for name in group)
+    )
+
+
+def takes(call: Call) -> bool:
+    """Take calls over axis names."""
+    return is_axis(call.group)
+
+
+def start(call: Call) -> Handle[Any]:
+    """Refuse: in a compiled program XLA decides what goes on when."""
+    raise RuntimeError(f"{call.who}: group={call.group!r} is an axis name; under JAX transformations use average")
+
+
+def average(call: Call) -> Any:
+    """Return the mean over an axis. Sums are in float32, in float64 for float64 leaves."""
+    axis, weight = call.group, call.options.weight
+    size = _size(axis)
+    import jax
+
+    traced = isinstance(weight, jax.Array)
+    if traced and (weight.ndim or weight.dtype.kind not in "iuf"):
+        raise TypeError(f"average: weight must be a number, at least 0, got {weight.dtype.name}{list(weight.shape)}")
+    options = Options(weight=None if traced else weight, where=call.options.where)
+    request = make_request(call.flat, options, wrapped=True)
+    reach_agreement(request, Solo())  # raises this rank's own mistakes
+    if not traced and weight is not None:  # the same number on all ranks, which run one program
+        if not float(weight):
+            raise ValueError("average: the weights of all ranks are 0")
+        weight = None
+    # Numbers are the same on all ranks, which run one program.
+    moving = [i for i, leaf in enumerate(request.leaves) if not isinstance(leaf, (float, complex))]
+    leaves = list(request.leaves)
+    for i, mean in zip(moving, _means([_as_jax(leaves[i]) for i in moving], axis, size, weight), strict=True):
+        leaves[i] = mean
+    return request.rebuild(leaves)
+
+
+def _size(axis: Any) -> int:
+    jax: Any = sys.modules.get("jax")
+    try:
+        if jax is None:
+            raise NameError("JAX has not been imported")
+        return int(jax.lax.axis_size(axis))
+    except NameError as error:
+        raise ValueError(
+            f"average: group={axis!r} is an axis name, but no such axis is bound here ({error}). Call average inside "
+            f"jax.shard_map, jax.pmap or jax.vmap(..., axis_name={axis!r})."
+        ) from error
+
+
+def _as_jax(leaf: Any) -> Any:
+    import jax
+
+    if type(leaf).__module__.partition(".")[0] == "torch":
+        raise TypeError("average: a torch tensor cannot be averaged over an axis of JAX's")
+    return jax.numpy.asarray(leaf)
+
+
+def _means(leaves: Sequence[Any], axis: Any, size: int, weight: Any) -> list[Any]:
+    import jax
+
+    lax: Any = jax.lax  # parts of it have no types
+    jnp = jax.numpy
+    wide = [leaf.astype(jnp.float32) if leaf.dtype.itemsize < 4 else leaf for leaf in leaves]
+    if weight is None:
+        means = [total / size for total in lax.psum(wide, axis)]
+    else:
+        number = jnp.asarray(weight, float)
+        top = lax.pmax(lax.stop_gradient(number), axis)  # scaled by it, neither sums nor products can overflow
+        scale = number / top
+        # Of a rank that does not count nothing is read, NaN included. (0 * nan is nan, in derivatives as well.)
+        read = [jnp.where(number == 0, jnp.zeros_like(leaf), leaf) for leaf in wide]
+        totals = lax.psum([leaf * scale.astype(leaf.dtype) for leaf in read], axis)
+        norm = lax.psum(scale, axis)
+        means = [total / norm.astype(total.dtype) for total in totals]
+    return [_like(mean.astype(leaf.dtype), leaf) for mean, leaf in zip(means, leaves, strict=True)]
+
+
+def _like(mean: Any, leaf: Any) -> Any:
+    """Let a mean vary over the axes that its leaf varies over, for the types of `cond`, `scan` and of derivatives."""
+    import jax
+
+    missing = _varying(leaf) - _varying(mean)
+    lax: Any = jax.lax
+    return lax.pcast(mean, tuple(missing), to="varying") if missing else mean
+
+
+def _varying(value: Any) -> frozenset[str]:
+    import jax
+
+    kind = jax.typeof(value)
+    kind = getattr(kind, "manual_axis_type", kind)
+    varying: frozenset[str] = getattr(kind, "varying", None) or getattr(kind, "vma", None) or frozenset()
+    return varying

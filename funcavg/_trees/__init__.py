@@ -1,0 +1,38 @@
+"""What a rank brings to a call: its tree taken apart, its leaves described, its options, and its own mistakes.
+
+Nothing here knows of other ranks. A tree becomes a `Flat` (`containers.py`), each kind of array has a `Family`
+(`arrays/`), and both together with the options make a `Request` (`request.py`), whose `Claim` the other ranks hear of.
+"""
+
+from __future__ import annotations
+
+from funcavg._trees.arrays import Family, Leaf, StandIn, is_dtensor, is_jax, wrap_local_tensor, zeros_like
+from funcavg._trees.claim import Claim, Header, digest
+from funcavg._trees.containers import ROOT, Flat, combine, flatten, unflatten
+from funcavg._trees.options import Options, Where
+from funcavg._trees.request import Layout, Request, check_weight, failed_request, make_request
+
+__all__ = [
+    "ROOT",
+    "Claim",
+    "Family",
+    "Flat",
+    "Header",
+    "Layout",
+    "Leaf",
+    "Options",
+    "Request",
+    "StandIn",
+    "Where",
+    "check_weight",
+    "combine",
+    "digest",
+    "failed_request",
+    "flatten",
+    "is_dtensor",
+    "is_jax",
+    "make_request",
+    "unflatten",
+    "wrap_local_tensor",
+    "zeros_like",
+]

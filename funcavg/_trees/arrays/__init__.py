@@ -1,0 +1,118 @@
+"""Leaves: from an array or a number to the small class that knows how to read, make and name its kind.
+
+A framework is looked for in ``sys.modules`` only: whoever holds a tensor has imported torch already, and nobody else
+should. A new kind of array is a file with a `Family`, and a row in `_find_family`.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import numpy as np
+
+from funcavg._trees.arrays.base import Family, Leaf, type_name
+from funcavg._trees.arrays.numpy import Integers, NumpyArrays, Scalars, StandIn, StandIns, is_averaged
+
+__all__ = ["Family", "Leaf", "StandIn", "family_of", "is_dtensor", "is_jax", "wrap_local_tensor", "zeros_like"]
+
+
+class _Unsupported(Family):
+    """Anything else: an error that says what it is, and what to do about it."""
+
+    def signature(self, leaves: Sequence[Any]) -> Hashable:
+        return object()  # never remembered
+
+    def describe(self, leaf: Any) -> Leaf:
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(leaf, torch.nn.Module):
+            cure = "pass dict(module.named_parameters()) or module.state_dict()"
+            raise TypeError(f"{type(leaf).__name__}, a torch.nn.Module ({cure})")
+        if hasattr(leaf, "__next__"):
+            raise TypeError(f"{type(leaf).__name__}, which can be read only once (pass list(...) of it)")
+        shown = repr(leaf)
+        raise TypeError(f"{type_name(leaf)}: {shown if len(shown) <= 60 else shown[:57] + '...'}")
+
+
+_FAMILIES: dict[type, Family] = {}  # by exact type, filled as types are met
+
+
+def family_of(leaf: Any) -> Family:
+    """Return the family of a leaf."""
+    kind = type(leaf)
+    family = _FAMILIES.get(kind)
+    if family is None:
+        family = _FAMILIES[kind] = _find_family(leaf)
+    return family
+
+
+def is_jax(leaf: Any) -> bool:
+    """Say whether ``leaf`` is an array of JAX's, or stands for one."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(leaf, jax.Array)
+
+
+def zeros_like(leaf: Any) -> Any:
+    """Return zeros of a leaf's kind, dtype and shape."""
+    kind = type(leaf).__module__.partition(".")[0]
+    if kind == "torch":
+        return sys.modules["torch"].zeros_like(leaf, requires_grad=False)
+    if is_jax(leaf):
+        return sys.modules["jax"].numpy.zeros_like(leaf)
+    return np.zeros_like(leaf) if isinstance(leaf, np.ndarray) else type(leaf)(0)
+
+
+def is_dtensor(leaf: Any) -> bool:
+    """Say whether ``leaf`` is torch's DTensor."""
+    dtensor = sys.modules.get("torch.distributed.tensor")
+    return dtensor is not None and isinstance(leaf, dtensor.DTensor)
+
+
+def wrap_local_tensor(leaf: Any, local: Any) -> Any:
+    """Wrap a local shard as the DTensor ``leaf`` is wrapped."""
+    from funcavg._trees.arrays.torch import wrap_local_tensor as wrap
+
+    return wrap(leaf, local)
+
+
+def _find_family(leaf: Any) -> Family:
+    kind = type(leaf)
+    if issubclass(kind, (bool, int)):
+        return _INTEGERS
+    if issubclass(kind, (float, complex, np.number, np.bool_)):
+        return _SCALARS
+    if issubclass(kind, np.generic) and is_averaged(np.dtype(kind)) is not None:
+        return _SCALARS  # the scalars of ml_dtypes are no np.number
+    if issubclass(kind, np.ndarray):
+        return _ARRAYS
+    torch = sys.modules.get("torch")
+    if torch is not None and issubclass(kind, torch.Tensor):
+        return _torch_family(
+            is_dtensor=issubclass(kind, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
+        )
+    jax = sys.modules.get("jax")
+    if jax is not None and isinstance(leaf, jax.Array):  # by JAX's rules, which a class alone does not tell
+        if isinstance(leaf, jax.core.Tracer):  # of arrays and of keys: one class
+            return _jax_family("JaxTracers")
+        return _jax_family("JaxKeys" if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else "JaxArrays")
+    return StandIns() if kind is StandIn else _UNSUPPORTED
+
+
+@functools.cache
+def _jax_family(name: str) -> Family:
+    from funcavg._trees.arrays import jax as families
+
+    family: Family = getattr(families, name)()
+    return family
+
+
+@functools.cache
+def _torch_family(*, is_dtensor: bool) -> Family:
+    from funcavg._trees.arrays.torch import DTensors, Tensors
+
+    return DTensors() if is_dtensor else Tensors()
+
+
+_INTEGERS, _SCALARS, _ARRAYS, _UNSUPPORTED = Integers(), Scalars(), NumpyArrays(), _Unsupported()

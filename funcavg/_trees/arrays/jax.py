@@ -1,0 +1,131 @@
+"""JAX arrays. Imported when jax has been.
+
+They are read through NumPy views of their own memory, and results are NumPy memory that JAX adopts: nothing is copied
+on the host but by the average itself. Arrays on an accelerator, or cut over several devices, are fetched and put back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from funcavg._trees.arrays.base import Leaf
+from funcavg._trees.arrays.numpy import NumpyArrays, is_averaged
+
+__all__ = ["JaxArrays", "JaxKeys", "JaxTracers"]
+
+ALIGNMENT = 64  # bytes: JAX adopts host memory that begins at a multiple of it
+ELSEWHERE = """that lies partly in other processes. Average it where it lives, by an axis name inside shard_map:
+    mesh, P = jax.make_mesh((jax.device_count(),), ("data",)), jax.P("data")
+    mean = jax.shard_map(lambda x: funcavg.average(x, "data"), mesh=mesh, in_specs=P, out_specs=P)
+    result = jax.jit(mean)(array)"""
+
+
+class JaxArrays(NumpyArrays):
+    mutable = False
+
+    def signature(self, leaves: Sequence[Any]) -> Hashable:
+        if any([leaf.is_deleted() for leaf in leaves]):
+            raise ValueError("a deleted array, which `describe` will name")
+        return tuple([leaf.aval for leaf in leaves]), tuple([leaf.sharding for leaf in leaves])
+
+    def describe(self, leaf: Any) -> Leaf:
+        text = f"{leaf.dtype.name}{list(leaf.shape)}"
+        if leaf.is_deleted():
+            raise TypeError(f"JAX array {text} whose memory has been deleted or donated")
+        averaged = is_averaged(leaf.dtype)
+        if averaged is None:
+            raise TypeError(f"JAX array of dtype {leaf.dtype}")
+        if not averaged:
+            return Leaf(text)
+        if not leaf.is_fully_addressable:
+            raise TypeError(f"JAX array {text} {ELSEWHERE}")
+        dtype, shape = np.dtype(leaf.dtype), tuple(leaf.shape)
+        if dtype.kind == "c":
+            dtype, shape = np.dtype(f"f{dtype.itemsize // 2}"), (*shape, 2)
+        return Leaf(text, dtype.name, shape, dtype, plain=False)
+
+    def carrier(self, leaf: Any) -> Any:
+        view = np.asarray(leaf)
+        if view.flags.c_contiguous and view.size:
+            # The same memory without NumPy's mark that it is read-only: transports are picky, and only read it.
+            memory: Any = (ctypes.c_char * view.nbytes).from_address(view.ctypes.data)
+            memory.owner = view
+            view = np.frombuffer(memory, np.uint8).view(view.dtype).reshape(view.shape)
+        return super().carrier(view)
+
+    def fresh(self, leaf: Any) -> Any:
+        nbytes = leaf.nbytes
+        memory = np.empty(nbytes + ALIGNMENT, np.uint8)
+        begin = -memory.ctypes.data % ALIGNMENT
+        result = memory[begin : begin + nbytes].view(np.dtype(leaf.dtype)).reshape(leaf.shape)
+        return super().carrier(result)
+
+    def finish(self, leaf: Any, carrier: Any) -> Any:
+        return self.finish_all([leaf], [carrier])[0]
+
+    def finish_all(self, leaves: Sequence[Any], carriers: Sequence[Any]) -> list[Any]:
+        finish = super().finish
+        wholes = [finish(np.empty(0, leaf.dtype), carrier) for leaf, carrier in zip(leaves, carriers, strict=True)]
+        results = list(leaves)
+        with jax.transfer_guard("allow"):
+            for committed in (False, True):  # by one call each: a call for every leaf takes four times as long
+                chosen = [i for i, leaf in enumerate(leaves) if leaf.committed == committed]
+                where = [leaves[i].sharding for i in chosen] if committed else None
+                placed = jax.device_put([wholes[i] for i in chosen], where, may_alias=True)
+                for i, array in zip(chosen, placed, strict=True):
+                    leaf = leaves[i]
+                    results[i] = leaf.at[...].set(array) if leaf.weak_type else array  # which keeps that it is weak
+        return results
+
+    def addresses(self, leaves: Sequence[Any]) -> list[int]:
+        return [id(leaf) for leaf in leaves]
+
+    def geometry(self, leaf: Any) -> Hashable:
+        return id(leaf)
+
+    def span(self, leaf: Any) -> tuple[int, int]:
+        return 0, 0
+
+    def overlaps_itself(self, leaf: Any) -> bool:
+        return False
+
+    def refuse_donation(self, leaf: Any) -> str | None:
+        return None  # immutable: the result is a new array either way
+
+    def all_donatable(self, leaves: Sequence[Any]) -> bool:
+        return True
+
+
+class JaxTracers(JaxArrays):
+    """What stands for an array while JAX traces a function."""
+
+    def signature(self, leaves: Sequence[Any]) -> Hashable:
+        return tuple([leaf.aval for leaf in leaves])
+
+    def describe(self, leaf: Any) -> Leaf:
+        aval = leaf.aval
+        if jax.numpy.issubdtype(aval.dtype, jax.dtypes.prng_key):
+            return _KEYS.describe(leaf)
+        text = f"{aval.dtype.name}{list(aval.shape)}"
+        averaged = is_averaged(aval.dtype)
+        if averaged is None:
+            raise TypeError(f"JAX array of dtype {aval.dtype}")
+        return Leaf(text, aval.dtype.name, tuple(aval.shape), np.dtype(aval.dtype)) if averaged else Leaf(text)
+
+
+class JaxKeys(NumpyArrays):
+    """Typed PRNG keys pass through."""
+
+    def signature(self, leaves: Sequence[Any]) -> Hashable:
+        return tuple([(leaf.dtype, leaf.shape) for leaf in leaves])
+
+    def describe(self, leaf: Any) -> Leaf:
+        return Leaf(f"{leaf.dtype}{list(leaf.shape)}")
+
+
+_KEYS = JaxKeys()

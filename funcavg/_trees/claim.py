@@ -1,0 +1,77 @@
+"""What a rank says of its call before anything moves: 48 bytes for all, and words for when something is wrong.
+
+::
+
+    magic, version   is this the same protocol?
+    flags            has a rank found a mistake of its own?
+    weight           of this rank
+    digest           of all that must be equal: paths, order, dtypes, shapes, the mask of `where`, options
+    ties, places     what need not be equal, but helps when it is: ties, and which leaves lie on an accelerator
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+__all__ = ["Claim", "Header", "digest"]
+
+MAGIC, VERSION = b"favg", 2
+FORMAT = struct.Struct("<4sHHd16s8s8s")
+HAS_ERROR, DONATES_TIES = 1, 2
+
+
+def digest(lines: Sequence[str]) -> bytes:
+    """Return 16 bytes that stand for ``lines``."""
+    return hashlib.blake2b("\n".join(lines).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+class Header(NamedTuple):
+    """What every rank is told of a claim."""
+
+    magic: bytes
+    version: int
+    flags: int
+    weight: float
+    signature: bytes
+    ties: bytes
+    places: bytes
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> Header:
+        """Read what `pack` has written, here or on another rank."""
+        return cls(*FORMAT.unpack(payload))
+
+    def pack(self) -> bytes:
+        """Return 48 bytes."""
+        return FORMAT.pack(*self)
+
+    @property
+    def has_error(self) -> bool:
+        """Whether that rank has found a mistake of its own."""
+        return bool(self.flags & HAS_ERROR)
+
+    @property
+    def donates_ties(self) -> bool:
+        """Whether that rank donates a tree with ties."""
+        return bool(self.flags & DONATES_TIES)
+
+
+class Claim(NamedTuple):
+    """What one rank brings to a call."""
+
+    signature: bytes  # digest of `lines`
+    lines: Sequence[str]  # "path: text" of every leaf, after one line of options
+    ties: bytes  # digests, of which the first 8 bytes are sent
+    places: bytes
+    weight: float = 1.0
+    weighted: bool = False
+    donates_ties: bool = False
+    error: Exception | None = None
+
+    def header(self) -> Header:
+        """Return what every rank is told."""
+        flags = HAS_ERROR * (self.error is not None) + DONATES_TIES * self.donates_ties
+        return Header(MAGIC, VERSION, flags, self.weight, self.signature, self.ties, self.places)

@@ -1,0 +1,272 @@
+"""Stand-ins for torch.distributed's model averagers, for classic loops: a counter, `should_average`, `average`.
+
+They extend torch's own classes, so they stand wherever those are expected, and constructor arguments, attributes,
+messages and the order of checks are torch's. Only what differs is written here; docs/moving-from-torch.md lists it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from funcavg._errors import missing_extra
+from funcavg._schedule import integer, should_average
+
+try:
+    import torch
+    import torch.distributed.algorithms.model_averaging.averagers as torch_averagers
+    import torch.distributed.algorithms.model_averaging.hierarchical_model_averager as torch_hierarchical
+    from torch.distributed.optim import PostLocalSGDOptimizer as TorchPostLocalSGDOptimizer
+
+    from funcavg.stateful._averaging import Parameters, average_parameters, check_hierarchical, check_periodic
+except ImportError as error:
+    raise missing_extra("funcavg.stateful", "torch with torch.distributed", "torch") from error
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["HierarchicalModelAverager", "ModelAverager", "PeriodicModelAverager", "PostLocalSGDOptimizer"]
+
+
+class ModelAverager(torch_averagers.ModelAverager):
+    """Base class of funcavg's model averagers: torch's, and a checkpoint of its step.
+
+    Abstract: subclasses define ``average_parameters(params)``, which averages if it is time to, and counts the step.
+
+    Args:
+        process_group: Who takes part; ``None`` for torch.distributed's default group.
+
+    Attributes:
+        step: Calls of ``average_parameters`` so far, whether or not they averaged.
+        process_group: The group.
+
+    Raises:
+        TypeError: If ``process_group`` is None and torch.distributed is not initialised. On this rank.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return ``{"step": n}``: all that an averager remembers. Equal on all ranks; nothing is communicated."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on at the step that `state_dict` returned, in the middle of a period too. Nothing is communicated.
+
+        Args:
+            state_dict: What `state_dict` returned; every rank loads the same. The step may have become an integer
+                array or tensor on its way through a file.
+
+        Raises:
+            TypeError: If it is no mapping, or its step no integer. On this rank; the averager is unchanged.
+            ValueError: If it has other keys than ``"step"``, or its step is negative. On this rank; the averager is
+                unchanged.
+        """
+        who = f"{type(self).__name__}.load_state_dict"
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(
+                f"{who}: state_dict must be a mapping, got {state_dict!r} of type {type(state_dict).__name__}"
+            )
+        if set(state_dict) != {"step"}:
+            raise ValueError(f"{who}: state_dict must have the one key 'step', got {list(state_dict)!r}")
+        step = integer(f"{who}: the step", state_dict["step"])
+        if step < 0:
+            raise ValueError(f"{who}: the step must be at least 0, got {step}")
+        self.step = step
+
+
+class PeriodicModelAverager(ModelAverager, torch_averagers.PeriodicModelAverager):
+    """Averages parameters every ``period`` steps after ``warmup_steps``; the stand-in for torch's class of this name.
+
+    Call ``average_parameters`` once after every step of the optimizer, on all ranks. It averages when
+    ``should_average(step, warmup=warmup_steps, period=period)``.
+
+    Args:
+        period: Steps, at least 1, between two averagings. 1 warns, for then averaging gradients costs no more.
+        warmup_steps: Steps, at least 0, before the first averaging. Let gradients be averaged until then.
+        process_group: Who takes part: whatever `average` takes as ``group``. ``None`` is torch.distributed's default
+            group. A rank outside of the group only counts steps.
+
+    Raises:
+        TypeError: If ``period`` or ``warmup_steps`` is no integer (bool is none), or ``process_group`` is None and
+            torch.distributed is not initialised. On this rank.
+        ValueError: If ``period < 1`` or ``warmup_steps < 0``. On this rank.
+
+    Examples:
+        >>> import torch
+        >>> from funcavg import PeriodicModelAverager
+        >>> from funcavg.testing import run_ranks
+        >>> def fn(group):
+        ...     model = torch.nn.Linear(1, 1, bias=False)
+        ...     torch.nn.init.constant_(model.weight, group.rank)
+        ...     averager = PeriodicModelAverager(period=4, warmup_steps=1, process_group=group)
+        ...     trace = []
+        ...     for _ in range(3):
+        ...         model(torch.ones(1)).backward()
+        ...         averager.average_parameters(model.parameters())
+        ...         trace.append(model.weight.item())
+        ...     return trace
+        >>> run_ranks(2, fn)
+        [[0.0, 0.5, 0.5], [1.0, 0.5, 0.5]]
+
+    References:
+        Lin et al., [Don't Use Large Mini-Batches, Use Local SGD](https://arxiv.org/abs/1808.07217), ICLR 2020
+        (post-local SGD). torch's ``torch.distributed.algorithms.model_averaging.averagers``.
+    """
+
+    if TYPE_CHECKING:
+
+        def __init__(self, period: int, warmup_steps: int = 0, process_group: Any = None) -> None: ...
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Check types. Not in ``__init__``: a frame before torch's would move its warning away from the user's line."""
+        if cls.__init__ is torch_averagers.PeriodicModelAverager.__init__:  # a subclass may take other arguments
+            check_periodic(*args, **kwargs)
+        return super().__new__(cls)
+
+    __new__.__wrapped__ = torch_averagers.PeriodicModelAverager.__init__  # type: ignore[attr-defined]  # for help()
+
+    def average_parameters(self, params: Parameters) -> None:
+        """Average, if it is time to, the parameters that have a gradient; then count the step.
+
+        Averaging is in place: every parameter keeps its memory, and so do its views. Buffers are left alone.
+
+        Args:
+            params: Parameters of a model or parameter groups of an optimizer, the same on all ranks. Those whose
+                ``grad`` is None are left alone.
+
+        Raises:
+            TreeMismatchError: If ranks disagree about which parameters have gradients, or about shapes, dtypes or
+                order. On every rank alike.
+            NotImplementedError: If an item is neither a ``Parameter`` nor a dict, such as a plain tensor. On every
+                rank, whoever passed it.
+            ValueError: If no parameter has a gradient, or parameters overlap in memory without being equal views. On
+                every rank alike.
+            PeerLostError: If a rank dies or does not come within 300 s. On the ranks that wait for it.
+
+            After an error that all ranks raise alike, parameters are unchanged. After any error the step has not
+            been counted.
+
+        Communication:
+            None on steps that do not average; otherwise that of `average`.
+        """
+        if should_average(self.step, warmup=self.warmup_steps, period=self.period):
+            average_parameters(params, self.process_group)
+        self.step += 1
+
+
+class HierarchicalModelAverager(ModelAverager, torch_hierarchical.HierarchicalModelAverager):
+    """Averages in small groups often, in larger ones less often; the stand-in for torch's class of this name.
+
+    Call ``average_parameters`` once after every step of the optimizer, on all ranks. From step ``warmup_steps`` on, it
+    averages at steps which some period divides, over the group of the largest such period. (Periods divide the step
+    itself, as in torch, and not the steps since the warm-up, as in `PeriodicModelAverager`.)
+
+    Args:
+        period_group_size_dict: {period, in steps: ranks in each group that averages so often}, periods ascending. Each
+            size divides the next, and the last is the size of ``process_group``.
+        warmup_steps: Steps, at least 0, before the first averaging. Let gradients be averaged until then.
+        process_group: A torch ``ProcessGroup``; ``None`` for the default group.
+
+    Raises:
+        TypeError: If a period, a group size or ``warmup_steps`` is no integer (bool is none), or ``process_group`` no
+            ``ProcessGroup``, or None while torch.distributed is not initialised. On this rank.
+        ValueError: If periods do not ascend, which would leave some never reached; if a size does not divide the next,
+            or the last is not that of the group; if ``period_group_size_dict`` is empty, a period is not positive, or
+            ``warmup_steps < 0``. On this rank.
+
+    Communication:
+        Making one is collective: all ranks of the default group create the smaller groups together.
+
+    Examples:
+        ```python
+        # Pairs of neighbours average every 4 steps, all 16 ranks every 16.
+        averager = HierarchicalModelAverager({4: 2, 16: 16}, warmup_steps=100)
+        for x, y in batches:
+            optimizer.zero_grad()
+            loss_fn(model(x), y).backward()
+            optimizer.step()
+            averager.average_parameters(model.parameters())
+        ```
+
+    References:
+        Wang et al., [Demystifying Why Local Aggregation Helps: Convergence Analysis of Hierarchical
+        SGD](https://arxiv.org/abs/2010.12998), AAAI 2022. torch's
+        ``torch.distributed.algorithms.model_averaging.hierarchical_model_averager``.
+    """
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self, period_group_size_dict: Mapping[int, int], warmup_steps: int = 0, process_group: Any = None
+        ) -> None: ...
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Check types and the hierarchy, as `PeriodicModelAverager` checks types."""
+        if cls.__init__ is torch_hierarchical.HierarchicalModelAverager.__init__:
+            check_hierarchical(*args, **kwargs)
+        return super().__new__(cls)
+
+    __new__.__wrapped__ = torch_hierarchical.HierarchicalModelAverager.__init__  # type: ignore[attr-defined]  # for help()
+
+    def average_parameters(self, params: Parameters) -> None:
+        """Average, if it is time to, the parameters that have a gradient; then count the step.
+
+        Arguments, errors and communication are those of `PeriodicModelAverager.average_parameters`, over the group of
+        the largest period that divides the step. "Every rank" is every rank of that group.
+        """
+        if self.step >= self.warmup_steps:
+            group = self._find_process_group()  # type: ignore[no-untyped-call]  # torch's
+            if group is not None:
+                average_parameters(params, group)
+        self.step += 1
+
+
+class PostLocalSGDOptimizer(TorchPostLocalSGDOptimizer):
+    """Steps a local optimizer, then averages parameters with an averager; the stand-in for torch's class of this name.
+
+    ``state_dict()`` is the local optimizer's with the averager's step as one more entry, ``"step"``;
+    ``load_state_dict`` restores both, and warns if there is no step. Neither communicates; each rank saves and loads
+    its own.
+
+    Args:
+        optim: The local optimizer.
+        averager: A model averager, funcavg's or torch's.
+
+    Attributes:
+        param_groups: Those of the local optimizer, always: a scheduler that is bound to this object reaches it after
+            ``load_state_dict`` too.
+
+    Raises:
+        Exception: ``step()`` raises what the averager's ``average_parameters`` raises, on the same ranks. The local
+            step has been taken by then.
+
+    Examples:
+        >>> import torch
+        >>> from funcavg import PeriodicModelAverager, PostLocalSGDOptimizer
+        >>> from funcavg.testing import run_ranks
+        >>> def fn(group):
+        ...     weight = torch.nn.Parameter(torch.tensor(float(group.rank)))
+        ...     averager = PeriodicModelAverager(period=4, process_group=group)
+        ...     optimizer = PostLocalSGDOptimizer(torch.optim.SGD([weight], lr=0.5), averager)
+        ...     weight.backward()
+        ...     optimizer.step()
+        ...     return weight.item(), optimizer.state_dict()["step"]
+        >>> run_ranks(2, fn)
+        [(0.0, 1), (0.0, 1)]
+
+    References:
+        Lin et al., [Don't Use Large Mini-Batches, Use Local SGD](https://arxiv.org/abs/1808.07217), ICLR 2020.
+        torch's ``torch.distributed.optim.PostLocalSGDOptimizer``.
+    """
+
+    if TYPE_CHECKING:
+
+        def __init__(self, optim: torch.optim.Optimizer, averager: torch_averagers.ModelAverager) -> None: ...
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # an attribute there, which goes stale
+        """Parameter groups of the local optimizer."""
+        return self.optim.param_groups
+
+    @param_groups.setter
+    def param_groups(self, param_groups: list[dict[str, Any]]) -> None:
+        self.optim.param_groups = param_groups

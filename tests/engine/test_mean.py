@@ -1,0 +1,164 @@
+"""The kernel: every dtype, rounded once."""
+
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from helpers.trees import GPU, NUMPY_FLOATS, TORCH_FLOATS, assert_is_mean, bits, build, numpy_dtype
+from helpers.trees import Spec as S
+
+from funcavg._engine import mean
+from funcavg._engine.mean import mean_into, tensor_mean_into
+
+ELEMENTS = sorted({*NUMPY_FLOATS, *TORCH_FLOATS})
+DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
+SMALL = [name for name in ELEMENTS if name != "longdouble" and numpy_dtype(name).itemsize == 1]
+
+
+def kernel(arrays, weights=None, into=None):
+    """Run the kernel on typed arrays; ``into`` names the shard that the mean replaces."""
+    dtype = arrays[0].dtype
+    shards = [np.ascontiguousarray(array).reshape(-1).view(np.uint8).copy() for array in arrays]
+    out = np.empty_like(shards[0]) if into is None else shards[into]
+    mean_into(out, shards, weights, "longdouble" if dtype.type is np.longdouble else dtype.name)
+    return out.view(dtype)
+
+
+@pytest.mark.parametrize("values", ["ordinary", "subnormal", "huge", "wide", "special"])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_keeps_the_bound(element, size, values):
+    arrays = [build(S("numpy", element, (40,), values=values), rank) for rank in range(size)]
+    assert_is_mean(kernel(arrays), arrays)
+    weights = [1.5 * rank for rank in range(size)] if size > 1 else [0.3]
+    if values != "huge":
+        assert_is_mean(kernel(arrays, weights), arrays, weights)
+
+
+@pytest.mark.parametrize("into", [0, 1, 2])
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_may_replace_any_shard(element, into):
+    """Huge values too: the sums are then taken a second time, from shards that must still be there."""
+    for size in {2, 3} - {into}:
+        if into < size:
+            for values in ("ordinary", "huge"):
+                arrays = [build(S("numpy", element, (40,), values=values), rank) for rank in range(size)]
+                np.testing.assert_array_equal(kernel(arrays, into=into), kernel(arrays))
+
+
+@pytest.mark.parametrize("element", SMALL)
+def test_every_pair_of_bytes(element):
+    """All 65536 pairs of an 8-bit dtype and narrower: rounded once, never twice."""
+    codes = np.arange(256, dtype=np.uint8)
+    one, other = (pair.reshape(-1).view(numpy_dtype(element)) for pair in np.meshgrid(codes, codes))
+    with np.errstate(all="ignore"):
+        exact = (one.astype(np.float64) + other.astype(np.float64)) / 2
+    np.testing.assert_array_equal(kernel([one, other]).astype(np.float64), exact.astype(one.dtype).astype(np.float64))
+
+
+@pytest.mark.parametrize("element", ["float16", "bfloat16"])
+def test_means_near_a_tie_are_rounded_once(element):
+    """Means a hair off the middle between two neighbours: in float32, on the way, the hair is lost."""
+    dtype = numpy_dtype(element)
+    eps, hair = float(ml_dtypes.finfo(dtype).eps), 2.0**-24 if element == "float16" else 2.0**-40
+    for halves, side, steps in [(1, 1, 1), (3, -1, 1), (1, -1, 0), (3, 1, 2)]:  # from 1, in eps
+        arrays = [np.array([number], dtype) for number in (2, 2, 2 * halves * eps, side * hair)]
+        assert kernel(arrays)[0] == 1 + steps * eps
+
+
+@pytest.mark.parametrize("element", ELEMENTS)
+@pytest.mark.parametrize("size", [2, 3, 5, 7])
+def test_equal_shards_come_back(element, size):
+    for values in ("ordinary", "subnormal", "huge"):
+        array = build(S("numpy", element, (200,), values=values), 0)
+        for weights in (None, [0.1 + rank for rank in range(size)]):
+            assert bits(kernel([array] * size, weights)) == bits(array)
+
+
+def test_weights_of_any_magnitude():
+    arrays = [np.array([1.0, 2.0, 1e300]), np.array([3.0, 4.0, 1e300]), np.full(3, np.nan)]
+    for scale in (1.0, 1e-310, 1e300, np.finfo(float).max):
+        np.testing.assert_allclose(kernel(arrays, [scale, scale / 3, 0.0]), [1.5, 2.5, 1e300], rtol=1e-13)
+
+
+def test_blocks_do_not_show(monkeypatch):
+    arrays = [build(S("numpy", name, (13,), values="wide"), rank) for name in ("float32",) for rank in range(3)]
+    whole = kernel(arrays)
+    monkeypatch.setattr(mean, "BLOCK", 4)
+    np.testing.assert_array_equal(kernel(arrays), whole)
+
+
+def test_warns_of_nothing():
+    """Infinities and NaN are the user's own business; warnings are errors here."""
+    for name in ("float32", "float64", "float16", "bfloat16"):
+        arrays = [np.array([np.inf, np.nan, 1], numpy_dtype(name)), np.array([-np.inf, 1, np.nan], numpy_dtype(name))]
+        assert np.isnan(kernel(arrays).astype(float)).all()
+
+
+@pytest.mark.parametrize("values", ["ordinary", "subnormal", "wide", "special"])
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("name", TORCH_FLOATS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_tensors_in_place_of_bytes(device, name, size, values):
+    """What runs in an accelerator's memory; float64 replicas come back too."""
+    tensors = [build(S("torch", name, (13,), values=values), rank).to(device) for rank in range(size)]
+    out = torch.empty_like(tensors[0])
+    tensor_mean_into(out, tensors, None)
+    assert_is_mean(out.cpu(), [tensor.cpu() for tensor in tensors])
+    weights = [0.5 + rank for rank in range(size)]
+    tensor_mean_into(out, tensors, weights)
+    assert_is_mean(out.cpu(), [tensor.cpu() for tensor in tensors], weights)
+    tensor_mean_into(out, [tensors[0]] * size, weights)
+    if values != "special":  # the payload of NaN may change
+        assert torch.equal(out.view(torch.uint8), tensors[0].view(torch.uint8))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_weights_of_tensors(device, monkeypatch):
+    """Weight 0 is never read, no weight is too large, and blocks do not show."""
+    monkeypatch.setattr(mean, "DEVICE_BLOCK", 4)
+    for name in TORCH_FLOATS:
+        dtype = getattr(torch, name)
+        tensors = [torch.full((9,), value).to(device, dtype) for value in (1.0, 4.0, float("nan"))]
+        out = torch.empty_like(tensors[0])
+        for scale in (1.0, 1e-310, np.finfo(float).max):
+            tensor_mean_into(out, tensors, [scale, scale, 0.0])
+            assert_is_mean(out.cpu(), [tensor.cpu() for tensor in tensors[:2]])
+        tensor_mean_into(out, tensors, [1.0, 3.0, 0.0])
+        assert_is_mean(out.cpu(), [tensor.cpu() for tensor in tensors[:2]], [1.0, 3.0])
+
+
+def test_float16_and_bfloat16_without_torch():
+    """NumPy's own way for the same dtypes gives the same bits."""
+    code = """
+import ml_dtypes, numpy as np, sys
+from funcavg._engine.mean import mean_into
+rng = np.random.default_rng(0)
+for name in ("float16", "bfloat16", "float8_e5m2"):
+    dtype = np.dtype(getattr(ml_dtypes, name, name))
+    for size in (2, 3, 5):
+        shards = [rng.normal(size=500).astype(dtype) for _ in range(size)]
+        out = np.empty_like(shards[0])
+        mean_into(out.view(np.uint8), [shard.view(np.uint8) for shard in shards], None, name)
+        print(out.tobytes().hex())
+assert "torch" not in sys.modules
+"""
+    with_torch = "import torch\n" + code.replace("assert", "#")
+    one, other = (subprocess.check_output([sys.executable, "-c", c], text=True) for c in (code, with_torch))
+    assert one == other
+    assert len(one.split()) == 9
+
+
+def test_two_narrow_shards_under_a_default_device():
+    def flat(tensor):
+        return tensor.view(torch.uint8).numpy()
+
+    shards = [torch.full((9,), float(i)).bfloat16() for i in range(2)]
+    out = torch.zeros(9, dtype=torch.bfloat16)
+    mean._OF_THREAD.__dict__.clear()
+    with torch.device("meta"):
+        mean_into(flat(out), [flat(shard) for shard in shards], None, "bfloat16")
+    assert out.tolist() == [0.5] * 9
