@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from funcavg._trees import combine, flatten, is_jax, unflatten, zeros_like
+from funcavg._trees import combine, flatten, is_jax, zeros_like
 
 __all__ = ["MomentumState", "Outer", "as_outer", "nesterov", "sgd"]
 
@@ -142,7 +142,7 @@ def as_outer(outer: Any) -> Stepper:
     if hasattr(outer, "init") and hasattr(outer, "update"):
 
         def init(anchor: Any) -> Any:
-            strangers = {type(leaf).__name__ for leaf in flatten(anchor)[0] if not is_jax(leaf)}
+            strangers = {type(leaf).__name__ for leaf in flatten(anchor).leaves if not is_jax(leaf)}
             if strangers and not isinstance(outer, Outer):
                 raise TypeError(
                     f"diloco: an optax transform as outer is for trees of JAX arrays, got {sorted(strangers)}. (A pair "
@@ -175,7 +175,8 @@ def _torch_optimizer(factory: Callable[[Any], Any]) -> Stepper:
 
     def made(anchor: Any, state: Any) -> tuple[list[Any], Any, Any]:
         torch: Any = sys.modules.get("torch")
-        leaves, spec = flatten(anchor)
+        flat = flatten(anchor)
+        leaves = flat.leaves
         if torch is None or not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
             kinds = sorted({type(leaf).__name__ for leaf in leaves})
             raise TypeError(f"diloco: a torch optimizer as outer is for trees of torch tensors, got {kinds}")
@@ -196,7 +197,7 @@ def _torch_optimizer(factory: Callable[[Any], Any]) -> Stepper:
                 for group, kept in zip(own, copy.deepcopy(state["param_groups"]), strict=True)
             ]
             optimizer.load_state_dict({"state": copy.deepcopy(state["state"]), "param_groups": groups})
-        return params, optimizer, spec
+        return params, optimizer, flat
 
     def state_of(optimizer: Any) -> Any:
         """Return a plain tree: without the groups' lists of parameters, which are all of them in their order."""
@@ -208,11 +209,11 @@ def _torch_optimizer(factory: Callable[[Any], Any]) -> Stepper:
         return state_of(made(anchor, None)[1])
 
     def step(pseudo_gradient: Any, state: Any, anchor: Any) -> tuple[Any, Any]:
-        params, optimizer, spec = made(anchor, state)
-        for param, delta in zip(params, flatten(pseudo_gradient)[0], strict=True):
+        params, optimizer, flat = made(anchor, state)
+        for param, delta in zip(params, flatten(pseudo_gradient).leaves, strict=True):
             param.grad = delta
         optimizer.step()
-        return unflatten(spec, [param.detach() for param in params]), state_of(optimizer)
+        return flat.rebuild([param.detach() for param in params]), state_of(optimizer)
 
     return Stepper(init, step)
 

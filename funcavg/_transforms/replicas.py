@@ -15,7 +15,7 @@ from funcavg._transforms import axis as over_axis
 from funcavg._transforms.call import Call
 from funcavg._transforms.jax import is_traced
 from funcavg._transforms.torch import is_transformed
-from funcavg._trees import Layout, Options, check_weight, is_dtensor, make_request, unflatten
+from funcavg._trees import Layout, Options, check_weight, is_dtensor, make_request
 from funcavg.collectives.solo import Solo
 
 __all__ = ["Stacked", "average", "stacked", "start", "takes"]
@@ -117,7 +117,7 @@ def average(call: Call) -> Any:
         means = move(request, agreement, _Kernel([axes[i] for i in for_kernel], weights))
         for i, mean in zip(for_kernel, means, strict=True):
             results[i] = mean
-    return unflatten(call.flat.spec, results)
+    return call.flat.rebuild(results)
 
 
 def _axes(layout: Layout, everything: Sequence[Any], axis: int) -> tuple[dict[int, int], int]:

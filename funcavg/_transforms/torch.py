@@ -20,7 +20,7 @@ from typing import Any
 
 from funcavg._engine import Handle, move, reach_agreement, session_of
 from funcavg._transforms.call import Call
-from funcavg._trees import Request, is_dtensor, make_request, unflatten, wrap_local_tensor
+from funcavg._trees import Request, is_dtensor, make_request, wrap_local_tensor
 from funcavg.collectives import Collective
 
 __all__ = ["average", "is_transformed", "start", "takes"]
@@ -78,7 +78,7 @@ def average(call: Call) -> Any:
         results[i] = wrap_local_tensor(dtensors[i], output) if i in dtensors else output
     for i, other in step.others.items():
         results[i] = other
-    return unflatten(call.flat.spec, results)
+    return call.flat.rebuild(results)
 
 
 def _kinds(tensors: Sequence[Any]) -> list[tuple[Any, ...]]:

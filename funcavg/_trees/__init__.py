@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from funcavg._trees.arrays import Family, Leaf, StandIn, is_dtensor, is_jax, wrap_local_tensor, zeros_like
 from funcavg._trees.claim import Claim, Header, digest
-from funcavg._trees.containers import ROOT, Flat, combine, flatten, unflatten
+from funcavg._trees.containers import ROOT, Flat, combine, flatten
 from funcavg._trees.options import Options, Where
 from funcavg._trees.request import Layout, Request, check_weight, failed_request, make_request
 
@@ -32,7 +32,6 @@ __all__ = [
     "is_dtensor",
     "is_jax",
     "make_request",
-    "unflatten",
     "wrap_local_tensor",
     "zeros_like",
 ]

@@ -7,7 +7,9 @@ to walk (Equinox modules, ``flax.struct``) is walked by JAX.
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -32,15 +34,25 @@ class Flat(NamedTuple):
 
     leaves: Sequence[Any]
     spec: Spec
+    attributes: Sequence[tuple[tuple[int, ...], dict[str, Any]]] = ()  # of OrderedDicts, such as a state_dict's
+
+    def rebuild(self, leaves: Sequence[Any]) -> Any:
+        """Return the tree around other leaves."""
+        tree = unflatten(self.spec, leaves)
+        for where, attributes in self.attributes:
+            vars(_at(tree, where)).update(attributes)
+        return tree
 
 
 def flatten(tree: Any) -> Flat:
     """Return the leaves of ``tree`` and the structure to rebuild it with."""
     leaves, outer = optree.tree_flatten(tree)
+    found = ((where, dict(vars(_at(tree, where)))) for where in _ordered_dicts(outer))
+    attributes = [(where, attributes) for where, attributes in found if attributes]
     jax: Any = sys.modules.get("jax")
     foreign = set() if jax is None else {kind for kind in set(map(type, leaves)) if _may_be_walked_by_jax(kind)}
     if not foreign:
-        return Flat(leaves, Spec(outer))
+        return Flat(leaves, Spec(outer), attributes)
     everything: list[Any] = []
     inner: list[tuple[int, Any]] = []
     for i, leaf in enumerate(leaves):
@@ -50,7 +62,36 @@ def flatten(tree: Any) -> Flat:
             inner.append((i, treedef))
         else:
             everything.append(leaf)
-    return Flat(everything, Spec(outer, tuple(inner)))
+    return Flat(everything, Spec(outer, tuple(inner)), attributes)
+
+
+def _ordered_dicts(spec: optree.PyTreeSpec) -> Sequence[tuple[int, ...]]:
+    """Return where the OrderedDicts of a tree are: which child of which child.
+
+    Alone of all containers they have attributes of their own, and optree leaves these behind.
+    """
+    try:
+        return _known_ordered_dicts(spec)
+    except Exception:  # what a user's container keeps beside its children may be neither hashed nor compared
+        return list(_find_ordered_dicts(spec))
+
+
+@functools.lru_cache(maxsize=32)
+def _known_ordered_dicts(spec: optree.PyTreeSpec) -> Sequence[tuple[int, ...]]:
+    return list(_find_ordered_dicts(spec))
+
+
+def _find_ordered_dicts(spec: optree.PyTreeSpec) -> Iterator[tuple[int, ...]]:
+    if spec.type is OrderedDict:
+        yield ()
+    for i, child in enumerate(spec.children()):
+        yield from ((i, *where) for where in _find_ordered_dicts(child))
+
+
+def _at(tree: Any, where: tuple[int, ...]) -> Any:
+    for i in where:
+        tree = optree.tree_flatten_one_level(tree)[0][i]
+    return tree
 
 
 def _may_be_walked_by_jax(kind: type) -> bool:
@@ -66,9 +107,9 @@ def unflatten(spec: Spec, leaves: Sequence[Any]) -> Any:
 
 def combine(fn: Callable[..., Any], tree: Any, *others: Any) -> Any:
     """Return the tree of ``fn(leaf, *leaves of the others in its place)``."""
-    leaves, spec = flatten(tree)
-    rows = [flatten(other)[0] for other in others]
-    return unflatten(spec, [fn(*column) for column in zip(leaves, *rows, strict=True)])
+    flat = flatten(tree)
+    rows = [flatten(other).leaves for other in others]
+    return flat.rebuild([fn(*column) for column in zip(flat.leaves, *rows, strict=True)])
 
 
 def _by_leaf(spec: Spec, leaves: Sequence[Any]) -> Iterator[tuple[Any, Any]]:

@@ -65,7 +65,7 @@ class Request(NamedTuple):
         everything = list(self.flat.leaves)
         for i, result in zip(self.layout.averaged, results, strict=True):
             everything[i] = result
-        return containers.unflatten(self.flat.spec, everything)
+        return self.flat.rebuild(everything)
 
 
 def make_request(flat: Flat, options: Options, *, only: frozenset[int] | None = None, wrapped: bool = False) -> Request:

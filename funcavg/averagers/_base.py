@@ -14,7 +14,7 @@ import numpy as np
 
 from funcavg._average import average, report_mistake
 from funcavg._transforms import Stacked, is_axis
-from funcavg._trees import Layout, Options, Request, Where, digest, flatten, make_request, unflatten
+from funcavg._trees import Layout, Options, Request, Where, digest, flatten, make_request
 from funcavg.collectives import as_collective
 
 __all__ = [
@@ -95,13 +95,14 @@ def choose(index: Any, branches: Sequence[Callable[[Any], Any]], tree: Any) -> A
     if not _is_tracer(index):
         return branches[int(index)](tree)
     jax = sys.modules["jax"]
-    everything, spec = flatten(tree)
+    flat = flatten(tree)
+    everything = flat.leaves
     kinds = (jax.Array, np.ndarray, np.generic, int, float, complex)
     moving = [i for i, leaf in enumerate(everything) if isinstance(leaf, kinds)]
 
     def of_leaves(branch: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def run(leaves: Any) -> Any:
-            results, _ = flatten(branch(rebuilt(leaves)))
+            results = flatten(branch(rebuilt(leaves))).leaves
             return [results[i] for i in moving]
 
         return run
@@ -110,7 +111,7 @@ def choose(index: Any, branches: Sequence[Callable[[Any], Any]], tree: Any) -> A
         whole = list(everything)
         for i, leaf in zip(moving, leaves, strict=True):
             whole[i] = leaf
-        return unflatten(spec, whole)
+        return flat.rebuild(whole)
 
     return rebuilt(
         jax.lax.switch(
@@ -202,8 +203,7 @@ def synchronise(tree: T, group: Any, options: Options, *, method: str, step: Any
 
     Nothing is logged while JAX traces, when nothing is averaged yet.
     """
-    everything, _ = flatten(tree)
-    traced = any(map(_is_tracer, (*everything, step, options.weight)))
+    traced = any(map(_is_tracer, (*flatten(tree).leaves, step, options.weight)))
     if traced or is_axis(group) or not takes_part(group) or not _LOG.isEnabledFor(logging.INFO):
         return average(tree, group, **vars(options))
     collective = group if isinstance(group, Stacked) else as_collective(group)

@@ -10,7 +10,7 @@ from funcavg import outer as outer_optimizers
 from funcavg._engine import Agreement, move
 from funcavg._schedule import check_schedule, should_average
 from funcavg._transforms import is_traced
-from funcavg._trees import Layout, Options, Request, Where, combine, flatten, unflatten
+from funcavg._trees import Layout, Options, Request, Where, combine, flatten
 from funcavg.averagers._base import (
     Averager,
     averaged_lines,
@@ -185,7 +185,7 @@ def _averaged_part(request: Request) -> Any:
     for i in layout_of(request).averaged:
         leaf = request.flat.leaves[i]
         part[i] = leaf.detach() if hasattr(leaf, "detach") else leaf
-    return unflatten(request.flat.spec, part)
+    return request.flat.rebuild(part)
 
 
 def _check_tree(anchor: Any, params: Any, where: Where | None) -> None:
@@ -212,18 +212,18 @@ def _differences(ours: Layout, theirs: Layout) -> str:
 
 
 def _tie(delta: Any, ties: Mapping[int, int]) -> Any:
-    leaves, spec = flatten(delta)
-    return unflatten(spec, [leaves[ties.get(i, i)] for i in range(len(leaves))])
+    flat = flatten(delta)
+    return flat.rebuild([flat.leaves[ties.get(i, i)] for i in range(len(flat.leaves))])
 
 
 def _agreed(ties: Mapping[int, int], mean: Any) -> dict[int, int]:
-    leaves, _ = flatten(mean)
+    leaves = flatten(mean).leaves
     return {i: first for i, first in ties.items() if leaves[i] is leaves[first]}
 
 
 def _with_values(request: Request, anchor: Any, ties: dict[int, int]) -> Any:
     """Return a tree whose averaged leaves have an anchor's values, in memory of their own: donated, or new."""
-    values, _ = flatten(anchor)
+    values = flatten(anchor).leaves
     if is_traced(request.flat.leaves, None) or is_traced(values, None):  # XLA sees to the memory
         return request.rebuild(values)
     request, copying = request._replace(ties=ties), _Values(values)
@@ -244,4 +244,4 @@ class _Values(Solo):
 
 
 def _is_traced(tree: Any) -> bool:
-    return is_traced(flatten(tree)[0], None)
+    return is_traced(flatten(tree).leaves, None)

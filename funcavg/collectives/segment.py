@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import os
 import weakref
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from funcavg._memory import c_library
 from funcavg.collectives.base import Buffer
 
 __all__ = ["HEADER", "Address", "Segment", "map_segment", "open_segment", "watch"]
@@ -92,24 +92,13 @@ def _name(nonce: bytes) -> str:
     return f"funcavg-{nonce.hex()}"
 
 
-@functools.cache
-def _libc() -> Any:
-    """Return the C library: asked for by whoever maps memory, since Windows has none under this name."""
-    libc: Any = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return libc
-
-
 def _map(descriptor: int, nbytes: int) -> Buffer:
     """Map a file. (Python's own mmap would keep a descriptor of each mapping.) Unmapped with the last view of it."""
-    start = _libc().mmap(None, nbytes, PROT_READ_WRITE, MAP_SHARED, descriptor, 0)
+    start = c_library().mmap(None, nbytes, PROT_READ_WRITE, MAP_SHARED, descriptor, 0)
     if start in (None, ctypes.c_void_p(-1).value):
         number = ctypes.get_errno()
         raise OSError(number, f"mmap of {nbytes} bytes: {os.strerror(number)}")
-    _libc().madvise(start, nbytes, MADV_DONTFORK)  # a forked child, as of a DataLoader, has no part in it
+    c_library().madvise(start, nbytes, MADV_DONTFORK)  # a forked child, as of a DataLoader, has no part in it
     memory: Any = (ctypes.c_char * nbytes).from_address(start)
     weakref.finalize(memory, _unmap, start, nbytes, os.getpid()).atexit = False
     view: Buffer = np.frombuffer(memory, np.uint8)
@@ -118,4 +107,4 @@ def _map(descriptor: int, nbytes: int) -> Buffer:
 
 def _unmap(start: int, nbytes: int, pid: int) -> None:
     if os.getpid() == pid:  # in a forked child something else may lie there
-        _libc().munmap(start, nbytes)
+        c_library().munmap(start, nbytes)

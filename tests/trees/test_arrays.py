@@ -107,7 +107,7 @@ def test_names_of_leaves_are_as_one_would_write_them():
         7: OrderedDict(a=(4.0,)),
         ("k", 1): defaultdict(list, b=5.0),
     }
-    _, spec = containers.flatten(tree)
+    spec = containers.flatten(tree).spec
     assert set(containers.names(spec)) == {
         "params_tree['layer 1'][0]",
         "params_tree['layer 1'][1].x",
@@ -120,7 +120,7 @@ def test_names_of_leaves_are_as_one_would_write_them():
 
 def test_the_same_leaf_alone_is_a_tree():
     assert average(2.5) == 2.5
-    assert containers.names(containers.flatten(2.5)[1]) == ["params_tree"]
+    assert containers.names(containers.flatten(2.5).spec) == ["params_tree"]
 
 
 @pytest.mark.parametrize(

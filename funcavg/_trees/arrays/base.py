@@ -10,10 +10,9 @@ import math
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["EXPANDED", "HUGE", "Family", "Leaf", "is_expanded", "memory_span", "type_name"]
+__all__ = ["EXPANDED", "Family", "Leaf", "is_expanded", "memory_span", "type_name"]
 
 EXPANDED = "an expanded array, several elements of which share one memory cell"
-HUGE = 4 << 20  # bytes: from here on NumPy asks the kernel for huge pages, which makes fresh memory 4 times cheaper
 
 
 class Leaf(NamedTuple):

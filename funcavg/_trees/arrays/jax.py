@@ -6,13 +6,13 @@ on the host but by the average itself. Arrays on an accelerator, or cut over sev
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from funcavg._memory import bytes_at
 from funcavg._trees.arrays.base import Leaf
 from funcavg._trees.arrays.numpy import NumpyArrays, is_averaged
 
@@ -53,9 +53,7 @@ class JaxArrays(NumpyArrays):
         view = np.asarray(leaf)
         if view.flags.c_contiguous and view.size:
             # The same memory without NumPy's mark that it is read-only: transports are picky, and only read it.
-            memory: Any = (ctypes.c_char * view.nbytes).from_address(view.ctypes.data)
-            memory.owner = view
-            view = np.frombuffer(memory, np.uint8).view(view.dtype).reshape(view.shape)
+            view = bytes_at(view.ctypes.data, view.nbytes, view).view(view.dtype).reshape(view.shape)
         return super().carrier(view)
 
     def fresh(self, leaf: Any) -> Any:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from funcavg._trees.arrays.base import EXPANDED, HUGE, Family, Leaf, is_expanded, memory_span, type_name
+from funcavg._memory import HUGE, ask_for_huge_pages, bytes_at
+from funcavg._trees.arrays.base import EXPANDED, Family, Leaf, is_expanded, memory_span, type_name
 
 __all__ = ["DTensors", "Tensors", "wrap_local_tensor"]
 
@@ -51,11 +52,9 @@ class Tensors(Family):
 
     def fresh(self, leaf: Any) -> Any:
         leaf = leaf.detach()
-        if leaf.device.type == "cpu" and leaf.nbytes >= HUGE and leaf.is_contiguous() and not leaf.is_complex():
-            memory = np.empty(leaf.nbytes, np.uint8)
-            result = torch.from_numpy(memory).view(leaf.dtype).view(leaf.shape)
-        else:
-            result = torch.empty_like(leaf, requires_grad=False)
+        result = torch.empty_like(leaf, requires_grad=False)
+        if leaf.nbytes >= HUGE and leaf.device.type == "cpu":
+            ask_for_huge_pages(result.data_ptr(), result.nbytes)
         return torch.view_as_real(result) if leaf.is_complex() else result
 
     def finish(self, leaf: Any, carrier: Any) -> Any:
@@ -102,7 +101,7 @@ class Tensors(Family):
     def as_bytes(self, carrier: Any) -> Any:
         if carrier.device.type != "cpu" or not carrier.is_contiguous() or carrier.is_neg():
             return None
-        return carrier.detach().view(-1).view(torch.uint8).numpy()
+        return bytes_at(carrier.data_ptr(), carrier.nbytes, carrier)
 
     def window(self, memory: Any, native: Any, shape: tuple[int, ...]) -> Any:
         # Windows outlive the call. Made under inference_mode, they could not be written to outside of it.
@@ -123,10 +122,10 @@ class Tensors(Family):
         if leaf.device.type != "cpu":
             return None
         carrier = self.carrier(leaf)
-        if carrier.is_neg():
-            carrier = torch._neg_view(carrier)  # the same memory, without the bit
-        width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-        return carrier.view(width[carrier.element_size()]).numpy()
+        size = carrier.element_size()
+        strides = [stride * size for stride in carrier.stride()]
+        memory = bytes_at(carrier.data_ptr(), memory_span(carrier.shape, strides, size)[1], carrier)
+        return np.ndarray(carrier.shape, f"i{size}", memory, strides=strides)
 
 
 class DTensors(Tensors):
