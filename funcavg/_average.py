@@ -11,12 +11,11 @@ from funcavg._transforms import Call, way_of
 from funcavg._trees import Options, Where, failed_request
 from funcavg.collectives import as_collective
 
-__all__ = ["Handle", "average", "report_mistake", "start_average"]
+__all__ = ["average", "average_with", "report_mistake", "start_average"]
 
 T = TypeVar("T")
 
 
-@not_compiled
 def average(  # noqa: PLR0913  # public: its options are keywords
     params_tree: T,
     group: Any = None,
@@ -92,8 +91,7 @@ def average(  # noqa: PLR0913  # public: its options are keywords
     References:
         Stich, [Local SGD Converges Fast and Communicates Little](https://arxiv.org/abs/1805.09767), ICLR 2019.
     """
-    call = _call("average", params_tree, group, Options(weight, where, donate, timeout))
-    return cast("T", way_of(call).average(call))
+    return average_with(Options(weight, where, donate, timeout).checked("average"), params_tree, group)
 
 
 def report_mistake(mistake: Exception, group: Any) -> None:
@@ -148,9 +146,13 @@ def start_average(  # noqa: PLR0913  # as average
         >>> run_ranks(2, fn)
         [{'w': array([0.5])}, {'w': array([0.5])}]
     """
-    call = _call("start_average", params_tree, group, Options(weight, where, donate, timeout))
+    options = Options(weight, where, donate, timeout).checked("start_average")
+    call = Call("start_average", params_tree, group, options)
     return cast("Handle[T]", way_of(call).start(call))
 
 
-def _call(who: str, params_tree: Any, group: Any, options: Options) -> Call:
-    return Call(who, params_tree, group, options.checked(who))
+@not_compiled
+def average_with(options: Options, params_tree: T, group: Any) -> T:
+    """As `average`, with options that have been checked."""
+    call = Call("average", params_tree, group, options)
+    return cast("T", way_of(call).average(call))

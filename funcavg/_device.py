@@ -1,7 +1,6 @@
 """Accelerators: their streams, and memory there.
 
-A stream does its work in order. What is queued on another one, by another thread or by this one later, must wait for
-it.
+A stream does its work in order. What is queued on another one, by another thread or later, must wait for it.
 """
 
 from __future__ import annotations

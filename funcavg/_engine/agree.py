@@ -46,12 +46,12 @@ def agree(collective: Collective, claim: Claim, timeout: float, gather: Gather |
     ours = claim.header()
     payload = ours.pack()
     payloads = (gather or collective.gather)(payload, timeout)
-    if [len(header) for header in payloads] != [len(payload)] * collective.size:
+    if [len(theirs) for theirs in payloads] != [len(payload)] * collective.size:
         raise FuncavgError(
             f"gather of {collective!r} must return {collective.size} payloads of {len(payload)} bytes, one of every "
-            f"rank, got lengths {[len(header) for header in payloads]}."
+            f"rank, got lengths {[len(theirs) for theirs in payloads]}."
         )
-    headers = [Header.unpack(header) for header in payloads]
+    headers = [Header.unpack(theirs) for theirs in payloads]
     for rank, header in enumerate(headers):
         if (header.magic, header.version) != (ours.magic, ours.version):
             return FuncavgError(
@@ -129,6 +129,11 @@ def _describe_mismatch(collective: Collective, claim: Claim, different: list[int
     if any("(S(" in line and " at " in line for line in differences):  # as leaves of DTensors are described
         hint = (
             " A group that spans the shards of a DTensor cannot average it: pass the mesh of its replicate dimension."
+        )
+    if any(" (part " in line for line in differences):  # as parts of what FSDP, or others, have cut
+        hint = (
+            " Parts of one parameter cannot be averaged with each other: average inside "
+            "FullyShardedDataParallel.summon_full_params(module), or over a group of ranks that hold the same part."
         )
     return (
         f"average: ranks passed trees that do not match ({ranks}).\n{shown}{more}\n{NOTHING_MOVED} Every rank must "

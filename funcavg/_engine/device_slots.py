@@ -1,7 +1,6 @@
 """Memory for buckets on an accelerator.
 
-A stream does its work in order. What is queued on another one must wait for it. Drawn for the buckets of a group, which
-two calls use::
+Two calls on a group use the same buckets, maybe on two streams, of which the second waits for the first::
 
     stream a    pack ─ move ─ unpack │ mark
     stream b                         └─────► pack ─ move ─ unpack

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from funcavg._engine import Handle, reach_agreement
 from funcavg._transforms.call import Call
-from funcavg._trees import Options, make_request
+from funcavg._trees import make_request
 from funcavg.collectives.solo import Solo
 
 __all__ = ["average", "is_axis", "start", "takes"]
@@ -44,7 +45,7 @@ def average(call: Call) -> Any:
     traced = isinstance(weight, jax.Array)
     if traced and (weight.ndim or weight.dtype.kind not in "iuf"):
         raise TypeError(f"average: weight must be a number, at least 0, got {weight.dtype.name}{list(weight.shape)}")
-    options = Options(weight=None if traced else weight, where=call.options.where)
+    options = replace(call.options, weight=None if traced else weight, donate=False)
     request = make_request(call.flat, options, wrapped=True)
     reach_agreement(request, Solo())  # raises this rank's own mistakes
     if not traced and weight is not None:  # the same number on all ranks, which run one program

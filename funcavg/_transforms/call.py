@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from funcavg._engine import session_of
 from funcavg._trees import Flat, Options, Request, failed_request, flatten, make_request
 from funcavg.collectives import Collective, as_collective
 
@@ -25,25 +26,37 @@ class Call:
     @cached_property
     def collective(self) -> Collective | None:
         """Who takes part, if the group is one of processes or threads; None on a rank that is not in it."""
-        return as_collective(self.group)
+        collective = as_collective(self.group)
+        if collective is not None:
+            session_of(collective)  # raises if it cannot be remembered
+        return collective
 
     @cached_property
-    def flat(self) -> Flat:
-        """The tree, taken apart; raises if a container cannot be walked."""
-        return flatten(self.tree)
-
-    @cached_property
-    def leaves(self) -> Sequence[Any]:
-        """All leaves; none if a container cannot be walked."""
+    def walked(self) -> Flat | Exception:
+        """The tree, taken apart, or what a container has raised that cannot be walked."""
         try:
-            return self.flat.leaves
-        except Exception:
-            return ()
+            return flatten(self.tree)
+        except Exception as mistake:
+            return mistake
+
+    @property
+    def flat(self) -> Flat:
+        """The tree, taken apart; raises if it cannot be."""
+        if isinstance(self.walked, Exception):
+            raise self.walked
+        return self.walked
+
+    def concerns(self, is_of_its_kind: Callable[..., bool], *more: Any) -> bool:
+        """Say whether an average over a group is of a kind, by its leaves.
+
+        A tree that cannot be walked goes the plain way, where all ranks hear of it.
+        """
+        if self.collective is None or isinstance(self.walked, Exception):
+            return False
+        return is_of_its_kind(self.walked.leaves, *more)
 
     def request(self, *, wrapped: bool = False) -> Request:
         """Describe the tree, or what is wrong with it, for ranks to agree about; see `make_request`."""
-        try:
-            flat = self.flat
-        except Exception as mistake:
-            return failed_request(mistake, self.options)
-        return make_request(flat, self.options, wrapped=wrapped)
+        if isinstance(self.walked, Exception):
+            return failed_request(self.walked, self.options)
+        return make_request(self.walked, self.options, wrapped=wrapped)

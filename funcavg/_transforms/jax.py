@@ -24,7 +24,7 @@ import numpy as np
 from funcavg._engine import Handle, carry_out, move, reach_agreement, session_of
 from funcavg._transforms.call import Call
 from funcavg._transforms.jax_private import prepare_jax
-from funcavg._trees import Request, StandIn, failed_request, make_request
+from funcavg._trees import Flat, Options, Request, StandIn, failed_request, make_request
 from funcavg.collectives import Collective
 
 __all__ = ["average", "is_traced", "start", "takes"]
@@ -32,7 +32,7 @@ __all__ = ["average", "is_traced", "start", "takes"]
 
 def takes(call: Call) -> bool:
     """Take calls while JAX traces what is to be averaged, or the weight."""
-    return call.collective is not None and is_traced(call.leaves, call.options.weight)
+    return call.concerns(is_traced, call.options.weight)
 
 
 def start(call: Call) -> Handle[Any]:
@@ -71,8 +71,8 @@ def average(call: Call) -> Any:
         elif line.rsplit(": ", 1)[1] != "not averaged":
             stand_ins[i] = StandIn(line.rsplit(": ", 1)[1])
     flat = call.flat._replace(leaves=tuple(stand_ins))
-    template = request._replace(flat=flat, options=dataclasses.replace(options, where=None))
-    place = _Place(template, tuple(request.layout.averaged), later, collective)
+    options = dataclasses.replace(options, where=None)
+    place = _Place(flat, request.only, options, tuple(request.layout.averaged), later, collective)
     leaves = [jax.numpy.asarray(leaf) for leaf in request.leaves]
     operand = jax.lax.stop_gradient(jax.numpy.asarray(weight if later else 0.0, float))
     return request.rebuild(_primitive().bind(*leaves, operand, call=place, adjoint=False))
@@ -91,21 +91,23 @@ def _mistake(request: Request, weight: Any) -> TypeError | None:
 class _Place:
     """One place in a program where ranks average: a constant of the program, and of all its derivatives."""
 
-    template: Request  # without the leaves that come in
-    positions: Sequence[int]  # of these
+    flat: Flat  # without the leaves that come in
+    only: frozenset[int] | None
+    options: Options
+    positions: Sequence[int]  # of the leaves that come in
     weight_comes_in: bool
     collective: Collective
 
     def run(self, leaves: Sequence[Any], weight: Any, *, adjoint: bool, out: Sequence[Any] | None = None) -> list[Any]:
         """Average NumPy arrays now, into ``out`` if given; ``weight`` counts where the program computes it."""
-        everything = list(self.template.flat.leaves)
+        everything = list(self.flat.leaves)
         for i, leaf in zip(self.positions, leaves, strict=True):
             everything[i] = leaf
-        options = self.template.options
+        options = self.options
         if self.weight_comes_in:
             options = dataclasses.replace(options, weight=float(weight))
-        flat = self.template.flat._replace(leaves=everything)
-        request = make_request(flat, options, only=self.template.only, wrapped=True)
+        flat = self.flat._replace(leaves=everything)
+        request = make_request(flat, options, only=self.only, wrapped=True)
         with session_of(self.collective).entered("average"):
             agreement = reach_agreement(request, self.collective)
             weights = agreement.weights

@@ -100,22 +100,24 @@ def average(call: Call) -> Any:
     axes, size = _axes(layout, everything, call.group.axis)
     weights = weight if weight is None or is_traced((), weight) else _weights(weight, size)
     results = list(everything)
-    for_kernel = []
+    for_kernel, by_rule = [], False
     for i, axis in axes.items():
         kind = type(everything[i]).__module__.partition(".")[0]
         if traced and kind in ("jax", "jaxlib"):
-            results[i] = _jax_mean(everything[i], axis, weights)
+            results[i], by_rule = _jax_mean(everything[i], axis, weights), True
         elif is_traced((), weight):
             raise TypeError(f"average: a traced weight is for JAX leaves, and {layout.lines[i]} is none")
         elif transformed and kind == "torch":
-            results[i] = _torch_mean(everything[i], axis, weights)
+            results[i], by_rule = _torch_mean(everything[i], axis, weights), True
         else:
             for_kernel.append(i)
     if for_kernel:
-        if len(for_kernel) < len(layout.averaged):  # others went by rules of their framework, or are numbers
-            request = make_request(call.flat, options, only=frozenset(for_kernel), wrapped=traced or transformed)
-        means = move(request, agreement, _Kernel([axes[i] for i in for_kernel], weights))
-        for i, mean in zip(for_kernel, means, strict=True):
+        if by_rule:
+            request = make_request(call.flat, options, only=frozenset(for_kernel), wrapped=True)
+            layout = request.layout
+            assert layout is not None
+        means = move(request, agreement, _Kernel([axes.get(i) for i in layout.averaged], weights))
+        for i, mean in zip(layout.averaged, means, strict=True):
             results[i] = mean
     return call.flat.rebuild(results)
 
@@ -167,13 +169,16 @@ def _weights(weight: Any, size: int) -> list[float]:
 class _Kernel(Solo):
     """A process alone, whose leaves are rows for the kernel."""
 
-    def __init__(self, axes: Sequence[int], weights: Sequence[float] | None) -> None:
-        self._axes, self._weights = axes, weights
+    def __init__(self, axes: Sequence[int | None], weights: Sequence[float] | None) -> None:
+        self._axes, self._weights = axes, weights  # no axis: a number, which belongs to all replicas
 
     def fill(self, layout: Layout, carriers: Sequence[Any], results: Sequence[Any], ties: Mapping[int, int]) -> None:
         """Write the means of ``carriers`` over their axes into ``results``."""
         for i, (axis, family, leaf) in enumerate(zip(self._axes, layout.families, layout.leaves, strict=True)):
             if i in ties or not math.prod(leaf.shape):
+                continue
+            if axis is None:
+                family.copy([results[i]], [carriers[i]])
                 continue
             places = [(*(slice(None),) * axis, replica, ...) for replica in range(leaf.shape[axis])]
             shape = (*leaf.shape[:axis], *leaf.shape[axis + 1 :])

@@ -28,7 +28,7 @@ __all__ = ["average", "is_transformed", "start", "takes"]
 
 def takes(call: Call) -> bool:
     """Take calls that torch is to transform or differentiate."""
-    return call.collective is not None and is_transformed(call.leaves)
+    return call.concerns(is_transformed)
 
 
 def start(call: Call) -> Handle[Any]:
@@ -71,7 +71,8 @@ def average(call: Call) -> Any:
     # A DTensor goes through torch's rules as its local shard, and into the request as itself.
     dtensors = {i: everything[i] for i in positions if is_dtensor(everything[i])}
     tensors = [everything[i].to_local() if i in dtensors else everything[i] for i in positions]
-    step = _Step(probe, positions, dtensors, collective, _kinds(tensors))
+    kept = probe._replace(options=dataclasses.replace(call.options, where=None))  # a graph may live for long
+    step = _Step(kept, positions, dtensors, collective, _kinds(tensors))
     outputs = _average_function().apply(step, *tensors) if positions else step.run(())
     results = list(everything)
     for i, output in zip(positions, outputs, strict=True):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from funcavg._average import average, report_mistake
+from funcavg._average import average_with, report_mistake
 from funcavg._transforms import Stacked, is_axis
 from funcavg._trees import Layout, Options, Request, Where, digest, flatten, make_request
 from funcavg.collectives import as_collective
@@ -205,10 +205,10 @@ def synchronise(tree: T, group: Any, options: Options, *, method: str, step: Any
     """
     traced = any(map(_is_tracer, (*flatten(tree).leaves, step, options.weight)))
     if traced or is_axis(group) or not takes_part(group) or not _LOG.isEnabledFor(logging.INFO):
-        return average(tree, group, **vars(options))
+        return average_with(options, tree, group)
     collective = group if isinstance(group, Stacked) else as_collective(group)
     sent, start = getattr(collective, "bytes_sent", 0), time.perf_counter()
-    result = average(tree, group, **vars(options))
+    result = average_with(options, tree, group)
     seconds = time.perf_counter() - start
     leaves = len(layout_of(described(result, options.where)).averaged)
     _LOG.info(

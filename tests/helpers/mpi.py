@@ -48,7 +48,7 @@ def start(size: int, *args: Any, **environ: str) -> subprocess.Popen[str]:
     if isinstance(command, str):
         skip(command)
     ranks = [*command, "-n", str(size)] if size else []
-    rooms = [folder for folder in sorted((ROOT / "tests").iterdir()) if folder.is_dir()]
+    rooms = [folder for folder in sorted((ROOT / "tests").iterdir()) if folder.is_dir() and folder.name != "helpers"]
     path = os.pathsep.join(map(str, [ROOT, ROOT / "tests", *rooms]))
     return subprocess.Popen(
         [*ranks, sys.executable, "-m", "mpi4py", *map(str, args)],
