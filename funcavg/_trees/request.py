@@ -36,6 +36,7 @@ class Layout:
     on_device: str  # the mask of leaves that lie there
     members: dict[Family, list[int]]
     intricate: bool  # some leaf is complex or expanded: each must be asked whether it can be donated
+    hollow: bool  # there are leaves, and not one has an element
 
     def name(self, i: int) -> str:
         """Return the name of an averaged leaf."""
@@ -79,6 +80,12 @@ def make_request(flat: Flat, options: Options, *, only: frozenset[int] | None = 
         if only is None and options.where is not None:
             only = _accepted(flat.spec, options.where)
         layout = _layout_of(flat, only)
+        if layout.hollow:
+            first, *more = (layout.lines[i] for i in layout.averaged)
+            raise ValueError(
+                f"not one of the {1 + len(more)} averaged leaves has an element: {first}{', ...' if more else ''}. If "
+                f"parameters have been partitioned, as by ZeRO-3 or FSDP, gather them first and average inside of that."
+            )
         ties = {}
         if not wrapped:
             everything = flat.leaves
@@ -205,6 +212,7 @@ def _describe_all(flat: Flat, families: list[Family], only: frozenset[int] | Non
         {family: [i for i, other in enumerate(chosen) if other is family] for family in dict.fromkeys(chosen)},
         any(f.overlaps_itself(everything[i]) for f, i in zip(chosen, averaged, strict=True))
         or any("complex" in leaf.text for leaf in leaves),
+        bool(leaves) and not any(math.prod(leaf.shape) for leaf in leaves),
     )
 
 

@@ -32,7 +32,11 @@ def average_parameters(params: Parameters, group: Any) -> None:
         return
 
     def leaf(param: torch.nn.Parameter) -> torch.Tensor | None:
-        return param.data if id(param) in chosen else None
+        if id(param) not in chosen:
+            return None
+        data = param.data
+        vars(data).update(vars(param))  # marks of whoever has cut it (`funcavg._trees.arrays.parts`)
+        return data
 
     tree = [{"params": list(map(leaf, item["params"]))} if isinstance(item, dict) else leaf(item) for item in items]
     try:

@@ -14,6 +14,7 @@ import numpy as np
 import optree
 import pytest
 import torch
+from hypothesis import assume
 from hypothesis import strategies as st
 from optree.registry import __GLOBAL_NAMESPACE as GLOBAL_NAMESPACE
 
@@ -226,7 +227,15 @@ def trees(draw: st.DrawFn, values: list[str] = VALUES) -> Any:
         make = {"OrderedDict": OrderedDict, "defaultdict": lambda pairs: defaultdict(list, pairs)}
         return make.get(branch, dict)(pairs)
 
-    return grow(0)
+    tree = grow(0)
+    assume(not is_hollow([ref.spec for ref in refs_of(tree)]))
+    return tree
+
+
+def is_hollow(leaves: list[Spec]) -> bool:
+    """Say whether there are averaged leaves, and not one has an element, which is an error."""
+    sizes = [math.prod(spec.shape) for spec in leaves if spec.averaged]
+    return bool(sizes) and not any(sizes)
 
 
 def plant(tree: Any, rank: int) -> Any:

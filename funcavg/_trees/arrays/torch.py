@@ -10,6 +10,7 @@ import torch
 
 from funcavg._memory import HUGE, ask_for_huge_pages, bytes_at
 from funcavg._trees.arrays.base import EXPANDED, Family, Leaf, is_expanded, memory_span, type_name
+from funcavg._trees.arrays.parts import part_of, parts_of
 
 __all__ = ["DTensors", "Tensors", "wrap_local_tensor"]
 
@@ -24,6 +25,7 @@ class Tensors(Family):
             tuple([leaf.device for leaf in leaves]),
             tuple([leaf.layout for leaf in leaves]),
             tuple([leaf.requires_grad for leaf in leaves]),
+            parts_of(leaves),
         )
 
     def describe(self, leaf: Any) -> Leaf:
@@ -36,7 +38,9 @@ class Tensors(Family):
             raise TypeError(f"quantised tensor of dtype {name}")
         if leaf.device.type == "meta":
             raise TypeError(f"meta tensor of dtype {name}, which has no values")
-        text = f"{name}{list(leaf.shape)}"
+        text, part = f"{name}{list(leaf.shape)}", part_of(leaf)
+        if part:
+            text += f" ({part})"
         if not (dtype.is_floating_point or dtype.is_complex):
             return Leaf(text)
         shape, native = tuple(leaf.shape), dtype
