@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 from funcavg._compile import not_compiled
 from funcavg._engine import Handle, carry_out, session_of
 from funcavg._transforms import Call, way_of
-from funcavg._trees import Options, Where, failed_request
+from funcavg._trees import Options, Timeout, Where, failed_request
 from funcavg.collectives import as_collective
 
 __all__ = ["average", "average_with", "report_mistake", "start_average"]
@@ -23,7 +23,7 @@ def average(  # noqa: PLR0913  # public: its options are keywords
     weight: float | Sequence[float] | None = None,
     where: Where | None = None,
     donate: bool = False,
-    timeout: float | None = None,
+    timeout: Timeout = None,
 ) -> T:
     r"""Return the mean of a parameter tree over the ranks of ``group``.
 
@@ -45,8 +45,9 @@ def average(  # noqa: PLR0913  # public: its options are keywords
             before their type is looked at. It must refuse the same leaves on all ranks.
         donate: Let the result be written into the inputs' memory: the very same arrays come back, and nothing of
             the tree's size is allocated. After an error their values are undefined. Ignored for JAX leaves.
-        timeout: Seconds to wait for the other ranks to arrive, and then for any one bucket to make its way;
-            ``None`` for 300.
+        timeout: Seconds, or a ``timedelta``, to wait for the other ranks to arrive, and then for any one bucket to make
+            its way. ``None`` for the timeout that a torch group was made with, where that is not torch's default; else
+            for 300 seconds.
 
     Returns:
         A tree of the same containers, key order kept. Each averaged leaf has its input's framework, dtype, shape,
@@ -94,12 +95,12 @@ def average(  # noqa: PLR0913  # public: its options are keywords
     return average_with(Options(weight, where, donate, timeout).checked("average"), params_tree, group)
 
 
-def report_mistake(mistake: Exception, group: Any) -> None:
+def report_mistake(mistake: Exception, group: Any, options: Options) -> None:
     """Come to a call of `average` that the other ranks make, only to raise a mistake of this rank on all of them."""
     collective = as_collective(group)
     if collective is not None:
         with session_of(collective).entered("average"):
-            carry_out(failed_request(mistake, Options()), collective)
+            carry_out(failed_request(mistake, options), collective)
 
 
 @not_compiled
@@ -110,7 +111,7 @@ def start_average(  # noqa: PLR0913  # as average
     weight: float | Sequence[float] | None = None,
     where: Where | None = None,
     donate: bool = False,
-    timeout: float | None = None,
+    timeout: Timeout = None,
 ) -> Handle[T]:
     """Start to average, and return a handle; the result is that of `average`, which see.
 

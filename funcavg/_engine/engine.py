@@ -28,7 +28,7 @@ def reach_agreement(request: Request, collective: Collective) -> Agreement:
     """Let all ranks agree about their requests, or raise the same error on each of them."""
     session = session_of(collective)
     with _spending(session, collective):
-        outcome = agree(collective, request.claim, request.options.seconds, session.gather)
+        outcome = agree(collective, request.claim, request.options.seconds(collective), session.gather)
     if isinstance(outcome, Exception):  # every rank raises it, so the group stays usable
         raise outcome
     return outcome
@@ -68,7 +68,7 @@ def move(request: Request, agreement: Agreement, collective: Collective, out: Se
                 carriers,
                 results,
                 agreement.weights,
-                request.options.seconds,
+                request.options.seconds(collective),
                 land_in_results=not late or (out is None and not donate),
                 send_from_leaves=not late or out is None,
             )
@@ -149,7 +149,7 @@ def _lanes(
             kept = [i for i in kept if not layout.leaves[i].device]
     if not kept:
         return
-    node = session.node(collective, request.options.seconds)
+    node = session.node(collective, request.options.seconds(collective))
     if node is not None:
         buckets = plan(kept, "node", node.rows, node.slot_bytes, NodeSlots(node))
         yield NodeLane(buckets, node, collective, session.crossing(node))

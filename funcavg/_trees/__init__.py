@@ -9,7 +9,7 @@ from __future__ import annotations
 from funcavg._trees.arrays import Family, Leaf, StandIn, is_dtensor, is_jax, wrap_local_tensor, zeros_like
 from funcavg._trees.claim import Claim, Header, digest
 from funcavg._trees.containers import ROOT, Flat, combine, flatten
-from funcavg._trees.options import Options, Where
+from funcavg._trees.options import Options, Timeout, Where, checked_timeout
 from funcavg._trees.request import Layout, Request, check_weight, failed_request, make_request
 
 __all__ = [
@@ -23,8 +23,10 @@ __all__ = [
     "Options",
     "Request",
     "StandIn",
+    "Timeout",
     "Where",
     "check_weight",
+    "checked_timeout",
     "combine",
     "digest",
     "failed_request",

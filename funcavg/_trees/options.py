@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import timedelta
+from numbers import Real
 from typing import Any
 
-__all__ = ["Options", "Where"]
+__all__ = ["Options", "Timeout", "Where", "checked_timeout"]
 
 Where = Callable[[tuple[Any, ...]], Any]
+Timeout = float | timedelta | None  # seconds
 TIMEOUT = 300.0  # seconds
 LONGEST = 1e7  # seconds; clocks take no more than some 1e9
 
@@ -23,20 +26,31 @@ class Options:
     weight: Any = None  # a number; of stacked replicas one for each; while JAX traces, maybe a tracer
     where: Where | None = None
     donate: bool = False
-    timeout: float | None = None
+    timeout: Any = None  # a float or None, once checked
 
     def checked(self, who: str) -> Options:
         """Raise what is wrong with the timeout, on this rank: there is no telling how long the others would wait."""
-        timeout = self.timeout
-        if timeout is None:
-            return self
-        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
-            raise TypeError(f"{who}: timeout must be a number of seconds or None, got {timeout!r}")
-        if not 0 < timeout <= LONGEST:
-            raise ValueError(f"{who}: timeout must be positive and at most {LONGEST:g} seconds, got {timeout!r}")
-        return replace(self, timeout=float(timeout))
+        return replace(self, timeout=checked_timeout(self.timeout, who))
 
-    @property
-    def seconds(self) -> float:
-        """How long to wait for other ranks."""
-        return TIMEOUT if self.timeout is None else self.timeout
+    def seconds(self, collective: Any) -> float:
+        """How long to wait for other ranks: as said, else as the group has been told, else 300 seconds."""
+        if self.timeout is not None:
+            return float(self.timeout)
+        own = getattr(collective, "default_timeout", None)
+        return TIMEOUT if own is None else float(own)
+
+
+def checked_timeout(timeout: Any, who: str) -> float | None:
+    """Return a timeout in seconds, None if there is none; or raise what is wrong with it."""
+    if timeout is None:
+        return None
+    seconds: Any = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    if isinstance(seconds, bool) or not isinstance(seconds, Real):
+        raise TypeError(
+            f"{who}: timeout must be a number of seconds, a timedelta or None, got {timeout!r} of type "
+            f"{type(timeout).__name__}"
+        )
+    number = float(seconds)
+    if not 0 < number <= LONGEST:
+        raise ValueError(f"{who}: timeout must be positive and at most {LONGEST:g} seconds, got {timeout!r}")
+    return number

@@ -173,14 +173,14 @@ def check_tree(checksum: Any, params: Any, where: Where | None, method: str) -> 
 
 
 @contextlib.contextmanager
-def failing_everywhere(group: Any, *, others_wait: Any) -> Iterator[None]:
+def failing_everywhere(group: Any, options: Options, *, others_wait: Any) -> Iterator[None]:
     """Let a mistake that this rank makes inside be raised here, and on the other ranks if they are about to average."""
     try:
         yield
     except Exception as mistake:
         if not _is_tracer(others_wait) and others_wait and takes_part(group) and not _is_local(group):
             with contextlib.suppress(Exception):  # the same mistake, in other words
-                report_mistake(mistake, group)
+                report_mistake(mistake, group, options)
         raise
 
 

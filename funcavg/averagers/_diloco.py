@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from funcavg import outer as outer_optimizers
 from funcavg._engine import Agreement, move
 from funcavg._schedule import check_schedule, should_average
 from funcavg._transforms import is_traced
-from funcavg._trees import Layout, Options, Request, Where, combine, flatten
+from funcavg._trees import Layout, Options, Request, Timeout, Where, combine, flatten
 from funcavg.averagers._base import (
     Averager,
     averaged_lines,
@@ -36,13 +37,14 @@ class DiLoCoState(NamedTuple):
     outer: Any  # of the outer optimizer: for those of `funcavg.outer`, a tree like the anchor
 
 
-def diloco(
+def diloco(  # noqa: PLR0913  # public: its options are keywords
     period: int,
     *,
     outer: Any = outer_optimizers.nesterov(0.7, 0.9),  # noqa: B008  # immutable
     warmup: int = 0,
     group: Any = None,
     where: Where | None = None,
+    timeout: Timeout = None,
 ) -> Averager:
     r"""Let workers train on their own for ``period`` steps; then take one outer step on what they have changed.
 
@@ -80,6 +82,7 @@ def diloco(
             periods begin there.
         group: Who takes part, as for `funcavg.average`.
         where: Which leaves are averaged, as for `funcavg.average`.
+        timeout: How long to wait for the other ranks, as for `periodic`.
 
     Returns:
         An `Averager`. Its state is a `DiLoCoState`; on a rank outside of the group it holds the step only. Parameters
@@ -130,6 +133,7 @@ def diloco(
         Classification](https://arxiv.org/abs/1909.06335), 2019.
     """
     warmup, period = check_schedule(warmup, period, "diloco")
+    options = Options(timeout=timeout).checked("diloco")
     optimizer = outer_optimizers.as_outer(outer)
 
     def init(params: Any) -> DiLoCoState:
@@ -140,7 +144,8 @@ def diloco(
             return DiLoCoState(0, anchor, optimizer.init(anchor))
 
     def anchor_at(step: Any, params: Any, weight: Any = None) -> Any:
-        mean = synchronise(params, group, Options(weight, where), method="diloco, anchor", step=step)
+        now = replace(options, weight=weight, where=where)
+        mean = synchronise(params, group, now, method="diloco, anchor", step=step)
         return _averaged_part(described(mean, where))
 
     def update(params: Any, state: DiLoCoState, *, weight: Any = None, donate: bool = False) -> Any:
@@ -150,12 +155,12 @@ def diloco(
 
         def meet(everything: Any) -> Any:
             params, anchor, memory = everything
-            with failing_everywhere(group, others_wait=True):
+            with failing_everywhere(group, options, others_wait=True):
                 request = described(params, where, donate=donate, ties=not _is_traced(params))
                 change = combine(lambda old, new: old - new, anchor, _averaged_part(request))
                 delta = _tie(change, request.ties)
-            options = Options(weight, donate=donate or not request.ties)
-            mean = synchronise(delta, group, options, method="diloco", step=step)
+            now = replace(options, weight=weight, donate=donate or not request.ties)
+            mean = synchronise(delta, group, now, method="diloco", step=step)
             anchor, memory = optimizer.step(mean, memory, anchor)
             return _with_values(request, anchor, _agreed(request.ties, mean)), anchor, memory
 
@@ -167,7 +172,7 @@ def diloco(
         with without_grad():
             meets = should_average(step + 1, warmup=warmup + period, period=period)
             anchors = step == warmup - 1
-            with failing_everywhere(group, others_wait=meets | anchors):
+            with failing_everywhere(group, options, others_wait=meets | anchors):
                 _check_tree(state.anchor, params, where)
             branches = [lambda everything: everything, meet]
             if warmup:

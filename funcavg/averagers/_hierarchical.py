@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 from funcavg._schedule import check_schedule, should_average
 from funcavg._transforms import Stacked, is_axis
-from funcavg._trees import Options, Where
+from funcavg._trees import Options, Timeout, Where
 from funcavg.averagers._base import (
     Averager,
     check_tree,
@@ -33,13 +34,14 @@ class HierarchicalState(NamedTuple):
     tree: Any  # a checksum of the averaged leaves' paths, shapes and dtypes; shape (), an integer
 
 
-def hierarchical(
+def hierarchical(  # noqa: PLR0913  # public: its options are keywords
     levels: Mapping[int, Any],
     *,
     warmup: int = 0,
     anchor: Literal["step", "warmup"] = "step",
     group: Any = None,
     where: Where | None = None,
+    timeout: Timeout = None,
 ) -> Averager:
     r"""Average parameters at several levels: hierarchical SGD.
 
@@ -61,6 +63,8 @@ def hierarchical(
             ``"warmup"``, from the end of the warm-up, as in `periodic`.
         group: What numbers in ``levels`` are blocks of.
         where: Which leaves are averaged, as for `funcavg.average`.
+        timeout: How long to wait for the other ranks, as for `periodic`. Groups that numbers make have the timeout of
+            ``group``.
 
     Returns:
         An `Averager`. Its state is a `HierarchicalState`.
@@ -101,6 +105,7 @@ def hierarchical(
         SGD](https://arxiv.org/abs/2010.12998), AAAI 2022. torch's ``HierarchicalModelAverager``.
     """
     periods, start, warmup = _check(levels, warmup, anchor)
+    options = Options(where=where, timeout=timeout).checked("hierarchical")
     groups = _groups([levels[period] for period in periods], group)
 
     def init(params: Any) -> HierarchicalState:
@@ -115,8 +120,8 @@ def hierarchical(
 
         def meet_at(level: int) -> Any:
             method = f"hierarchical, period {periods[level]}"
-            options = Options(weight, where, donate)
-            return lambda params: synchronise(params, groups[level], options, method=method, step=step)
+            now = replace(options, weight=weight, donate=donate)
+            return lambda params: synchronise(params, groups[level], now, method=method, step=step)
 
         def meet(level: int) -> Any:
             """Average at this level, or at a higher one: periods nest, so that it is due only if this one is."""
@@ -127,7 +132,7 @@ def hierarchical(
         with without_grad():
             fired = [fires(level) for level in range(len(periods))]
             waiting = sum(map(bool, fired)) - 1 if isinstance(step, int) else 0  # the level; -1 for none
-            with failing_everywhere(groups[max(waiting, 0)], others_wait=waiting >= 0):
+            with failing_everywhere(groups[max(waiting, 0)], options, others_wait=waiting >= 0):
                 check_tree(state.tree, params, where, "hierarchical")
             params = choose(fired[0], [lambda params: params, meet(0)], params)
             return params, state._replace(step=step + 1)

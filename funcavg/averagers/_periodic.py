@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from funcavg._schedule import check_schedule, should_average
-from funcavg._trees import Options, Where
+from funcavg._trees import Options, Timeout, Where
 from funcavg.averagers._base import (
     Averager,
     check_tree,
@@ -27,7 +28,9 @@ class PeriodicState(NamedTuple):
     tree: Any  # a checksum of the averaged leaves' paths, shapes and dtypes; shape (), an integer
 
 
-def periodic(period: int, *, warmup: int = 0, group: Any = None, where: Where | None = None) -> Averager:
+def periodic(
+    period: int, *, warmup: int = 0, group: Any = None, where: Where | None = None, timeout: Timeout = None
+) -> Averager:
     r"""Average parameters every ``period`` steps: local SGD, with a warm-up post-local SGD.
 
     At steps ``t = 0, 1, 2, ...`` with ``t ≥ W`` and ``(t - W) mod p = 0``,
@@ -43,6 +46,8 @@ def periodic(period: int, *, warmup: int = 0, group: Any = None, where: Where | 
         warmup: Steps, at least 0, before the first.
         group: Who takes part, as for `funcavg.average`.
         where: Which leaves are averaged, as for `funcavg.average`.
+        timeout: How long to wait for the other ranks, as for `funcavg.average`. Allow for the slowest worker, which
+            comes late by what it takes longer for a period; and for what some ranks do alone, such as to evaluate.
 
     Returns:
         An `Averager`. Its state is a `PeriodicState`. ``init`` communicates nothing.
@@ -83,6 +88,7 @@ def periodic(period: int, *, warmup: int = 0, group: Any = None, where: Where | 
         those of torch's ``PeriodicModelAverager``.
     """
     warmup, period = check_schedule(warmup, period, "periodic")
+    options = Options(where=where, timeout=timeout).checked("periodic")
 
     def init(params: Any) -> PeriodicState:
         return PeriodicState(0, checksum_of(params, where))
@@ -91,11 +97,12 @@ def periodic(period: int, *, warmup: int = 0, group: Any = None, where: Where | 
         step = step_of(state)
 
         def meet(params: Any) -> Any:
-            return synchronise(params, group, Options(weight, where, donate), method="periodic", step=step)
+            now = replace(options, weight=weight, donate=donate)
+            return synchronise(params, group, now, method="periodic", step=step)
 
         with without_grad():
             fires = should_average(step, warmup=warmup, period=period)
-            with failing_everywhere(group, others_wait=fires):
+            with failing_everywhere(group, options, others_wait=fires):
                 check_tree(state.tree, params, where, "periodic")
             return choose(fires, [lambda params: params, meet], params), state._replace(step=step + 1)
 

@@ -6,11 +6,15 @@ messages and the order of checks are torch's. Only what differs is written here;
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from funcavg._errors import missing_extra
 from funcavg._schedule import integer, should_average
+from funcavg._trees import Timeout
 
 try:
     import torch
@@ -18,7 +22,18 @@ try:
     import torch.distributed.algorithms.model_averaging.hierarchical_model_averager as torch_hierarchical
     from torch.distributed.optim import PostLocalSGDOptimizer as TorchPostLocalSGDOptimizer
 
-    from funcavg.stateful._averaging import Parameters, average_parameters, check_hierarchical, check_periodic
+    from funcavg.stateful._averaging import (
+        OF_MAXIMUM_PERIOD_1,
+        OF_PERIOD_1,
+        Parameters,
+        Which,
+        average_parameters,
+        check_hierarchical,
+        check_options,
+        check_periodic,
+        portable,
+        rebuild,
+    )
 except ImportError as error:
     raise missing_extra("funcavg.stateful", "torch with torch.distributed", "torch") from error
 
@@ -43,6 +58,18 @@ class ModelAverager(torch_averagers.ModelAverager):
     Raises:
         TypeError: If ``process_group`` is None and torch.distributed is not initialised. On this rank.
     """
+
+    def __copy__(self) -> Self:
+        copied = object.__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return an averager with a step of its own, over the same groups: these cannot be copied."""
+        return copy.copy(self)
+
+    def __reduce__(self) -> Any:
+        return rebuild, (type(self), portable(vars(self), type(self).__name__))
 
     def state_dict(self) -> dict[str, Any]:
         """Return ``{"step": n}``: all that an averager remembers. Equal on all ranks; nothing is communicated."""
@@ -84,10 +111,14 @@ class PeriodicModelAverager(ModelAverager, torch_averagers.PeriodicModelAverager
         warmup_steps: Steps, at least 0, before the first averaging. Let gradients be averaged until then.
         process_group: Who takes part: whatever `average` takes as ``group``. ``None`` is torch.distributed's default
             group. A rank outside of the group only counts steps.
+        where: Called with each parameter that has a gradient; those that it refuses are left alone, such as experts:
+            ``lambda param: getattr(param, "allreduce", True)``. It must refuse the same on all ranks.
+        timeout: Seconds, or a ``timedelta``, to wait for the other ranks, as for `average`: ``None`` for the group's
+            own timeout, where that is not torch's default, else 300 seconds.
 
     Raises:
-        TypeError: If ``period`` or ``warmup_steps`` is no integer (bool is none), or ``process_group`` is None and
-            torch.distributed is not initialised. On this rank.
+        TypeError: If ``period`` or ``warmup_steps`` is no integer (bool is none), ``where`` no function, ``timeout`` no
+            number of seconds, or ``process_group`` is None and torch.distributed is not initialised. On this rank.
         ValueError: If ``period < 1`` or ``warmup_steps < 0``. On this rank.
 
     Examples:
@@ -112,17 +143,22 @@ class PeriodicModelAverager(ModelAverager, torch_averagers.PeriodicModelAverager
         (post-local SGD). torch's ``torch.distributed.algorithms.model_averaging.averagers``.
     """
 
-    if TYPE_CHECKING:
-
-        def __init__(self, period: int, warmup_steps: int = 0, process_group: Any = None) -> None: ...
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Check types. Not in ``__init__``: a frame before torch's would move its warning away from the user's line."""
-        if cls.__init__ is torch_averagers.PeriodicModelAverager.__init__:  # a subclass may take other arguments
-            check_periodic(*args, **kwargs)
-        return super().__new__(cls)
-
-    __new__.__wrapped__ = torch_averagers.PeriodicModelAverager.__init__  # type: ignore[attr-defined]  # for help()
+    def __init__(
+        self,
+        period: int,
+        warmup_steps: int = 0,
+        process_group: Any = None,
+        *,
+        where: Which | None = None,
+        timeout: Timeout = None,
+    ) -> None:
+        check_periodic(period, warmup_steps)
+        self.where, self.timeout = where, check_options("PeriodicModelAverager", where, timeout)
+        # torch would warn of a period of 1 at this line, and not at the user's
+        super().__init__(2 if period == 1 else period, warmup_steps, process_group)
+        if period == 1:
+            warnings.warn(OF_PERIOD_1, stacklevel=2)
+        self.period = period
 
     def average_parameters(self, params: Parameters) -> None:
         """Average, if it is time to, the parameters that have a gradient; then count the step.
@@ -140,7 +176,7 @@ class PeriodicModelAverager(ModelAverager, torch_averagers.PeriodicModelAverager
                 rank, whoever passed it.
             ValueError: If no parameter has a gradient, or parameters overlap in memory without being equal views. On
                 every rank alike.
-            PeerLostError: If a rank dies or does not come within 300 s. On the ranks that wait for it.
+            PeerLostError: If a rank dies or does not come within ``timeout``. On the ranks that wait for it.
 
             After an error that all ranks raise alike, parameters are unchanged. After any error the step has not
             been counted.
@@ -149,7 +185,7 @@ class PeriodicModelAverager(ModelAverager, torch_averagers.PeriodicModelAverager
             None on steps that do not average; otherwise that of `average`.
         """
         if should_average(self.step, warmup=self.warmup_steps, period=self.period):
-            average_parameters(params, self.process_group)
+            average_parameters(params, self.process_group, self.where, self.timeout)
         self.step += 1
 
 
@@ -165,6 +201,8 @@ class HierarchicalModelAverager(ModelAverager, torch_hierarchical.HierarchicalMo
             size divides the next, and the last is the size of ``process_group``.
         warmup_steps: Steps, at least 0, before the first averaging. Let gradients be averaged until then.
         process_group: A torch ``ProcessGroup``; ``None`` for the default group.
+        where: Which parameters are averaged, as for `PeriodicModelAverager`.
+        timeout: How long to wait for the other ranks, as for `PeriodicModelAverager`.
 
     Raises:
         TypeError: If a period, a group size or ``warmup_steps`` is no integer (bool is none), or ``process_group`` no
@@ -193,19 +231,27 @@ class HierarchicalModelAverager(ModelAverager, torch_hierarchical.HierarchicalMo
         ``torch.distributed.algorithms.model_averaging.hierarchical_model_averager``.
     """
 
-    if TYPE_CHECKING:
-
-        def __init__(
-            self, period_group_size_dict: Mapping[int, int], warmup_steps: int = 0, process_group: Any = None
-        ) -> None: ...
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Check types and the hierarchy, as `PeriodicModelAverager` checks types."""
-        if cls.__init__ is torch_hierarchical.HierarchicalModelAverager.__init__:
-            check_hierarchical(*args, **kwargs)
-        return super().__new__(cls)
-
-    __new__.__wrapped__ = torch_hierarchical.HierarchicalModelAverager.__init__  # type: ignore[attr-defined]  # for help()
+    def __init__(
+        self,
+        period_group_size_dict: Mapping[int, int] | None = None,
+        warmup_steps: int = 0,
+        process_group: Any = None,
+        *,
+        where: Which | None = None,
+        timeout: Timeout = None,
+    ) -> None:
+        check_hierarchical(period_group_size_dict, warmup_steps, process_group)
+        self.where, self.timeout = where, check_options("HierarchicalModelAverager", where, timeout)
+        sizes = dict(period_group_size_dict or {})
+        only_1 = list(sizes) == [1]
+        if only_1:  # as in PeriodicModelAverager; what torch raises before it warns comes before
+            ModelAverager.__init__(self, process_group)
+            warnings.warn(OF_MAXIMUM_PERIOD_1, stacklevel=2)
+        made: Any = super().__init__
+        made({2: sizes[1]} if only_1 else period_group_size_dict, warmup_steps, process_group)
+        if only_1:
+            self._periods = [1]
+            self.period_process_group_dict = OrderedDict({1: self.process_group})
 
     def average_parameters(self, params: Parameters) -> None:
         """Average, if it is time to, the parameters that have a gradient; then count the step.
@@ -216,7 +262,7 @@ class HierarchicalModelAverager(ModelAverager, torch_hierarchical.HierarchicalMo
         if self.step >= self.warmup_steps:
             group = self._find_process_group()  # type: ignore[no-untyped-call]  # torch's
             if group is not None:
-                average_parameters(params, group)
+                average_parameters(params, group, self.where, self.timeout)
         self.step += 1
 
 
@@ -230,6 +276,9 @@ class PostLocalSGDOptimizer(TorchPostLocalSGDOptimizer):
     Args:
         optim: The local optimizer.
         averager: A model averager, funcavg's or torch's.
+
+    It stands wherever an optimizer is expected: ``step`` takes a closure, hooks and ``defaults`` are the local
+    optimizer's (whose hooks run before parameters are averaged), and it can be copied and pickled.
 
     Attributes:
         param_groups: Those of the local optimizer, always: a scheduler that is bound to this object reaches it after
@@ -258,9 +307,36 @@ class PostLocalSGDOptimizer(TorchPostLocalSGDOptimizer):
         torch's ``torch.distributed.optim.PostLocalSGDOptimizer``.
     """
 
-    if TYPE_CHECKING:
+    def __init__(self, optim: torch.optim.Optimizer, averager: torch_averagers.ModelAverager) -> None:
+        super().__init__(optim, averager)
 
-        def __init__(self, optim: torch.optim.Optimizer, averager: torch_averagers.ModelAverager) -> None: ...
+    def __getattr__(self, name: str) -> Any:
+        """Take from the local optimizer what torch's class lacks: ``defaults``, and the hooks of its steps and states.
+
+        Schedulers and trainers ask for these.
+        """
+        if name == "optim":  # which is not there yet, while this is copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.optim, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"optim": self.optim, "averager": self.averager}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step the local optimizer, then average, if it is time to.
+
+        Args:
+            closure: As for the local optimizer: computes the loss again, and returns it.
+
+        Returns:
+            What the local optimizer returns: the loss, if there is a closure.
+        """
+        loss = self.optim.step() if closure is None else self.optim.step(closure)
+        self.averager.average_parameters(self.param_groups)  # type: ignore[no-untyped-call]  # torch's
+        return loss
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # an attribute there, which goes stale

@@ -117,12 +117,17 @@ def test_the_warning_for_period_1_points_to_the_users_line():
 )
 def test_the_same_attributes_and_signature_as_torch(ours, theirs, arguments):
     averager = ours(*arguments)
-    assert vars(averager) == vars(theirs(*arguments))
+    assert vars(averager) == vars(theirs(*arguments)) | {"where": None, "timeout": None}
     assert averager.step == 0
     assert averager.process_group is dist.group.WORLD
     assert isinstance(averager, (theirs, funcavg.ModelAverager))
     assert isinstance(averager, torch_averagers.ModelAverager)
-    assert inspect.signature(ours) == inspect.signature(theirs)
+    added = ["where", "timeout"]
+    mine, torchs = inspect.signature(ours).parameters, inspect.signature(theirs).parameters
+    assert [(p.name, p.kind, p.default) for p in mine.values() if p.name not in added] == [
+        (p.name, p.kind, p.default) for p in torchs.values()
+    ]
+    assert [(mine[name].kind, mine[name].default) for name in added] == [(inspect.Parameter.KEYWORD_ONLY, None)] * 2
     assert vars(copy.copy(averager)) == vars(averager)
 
 
@@ -203,10 +208,10 @@ def test_subclasses_may_take_other_arguments():
             super().__init__(period)
             self.name = name
 
-    averager = Named("mine", 2.5)
-    assert averager.name == "mine"
-    with pytest.raises(TypeError, match="period must be an integer, got 2.5 of type float"):
-        averager.average_parameters(parameters(torch.ones(1)))
+    averager = Named("mine", 2)
+    assert (averager.name, averager.period) == ("mine", 2)
+    with pytest.raises(TypeError, match="Arg ``period`` must be an integer, got 2.5 of type float"):
+        Named("mine", 2.5)
 
 
 def test_the_base_class_is_abstract():
@@ -308,7 +313,7 @@ def train_both(rank, period, warmup):
             both.append((net, optimizer_of(net), kind(period, warmup)))
     steps, firings = ([], []), []
     patches = (
-        mock.patch.object(_averaging, "average", wraps=_averaging.average),
+        mock.patch.object(_averaging, "average_with", wraps=_averaging.average_with),
         mock.patch.object(torch_utils, "average_parameters", wraps=torch_utils.average_parameters),
     )
     with patches[0] as ours, patches[1] as theirs:
@@ -434,9 +439,9 @@ def test_mixed_dtypes(ranks):
 def test_periodic_averagers_take_whatever_group_average_takes():
     mesh = dist.init_device_mesh("cpu", (1,))
     averager = OURS(2, process_group=mesh)
-    with mock.patch.object(_averaging, "average", wraps=_averaging.average) as average:
+    with mock.patch.object(_averaging, "average_with", wraps=_averaging.average_with) as average:
         averager.average_parameters(parameters(torch.ones(2)))
-    assert average.call_args.args[1] is mesh
+    assert average.call_args.args[2] is mesh
     averager = OURS(2, process_group="ranks")
     with pytest.raises(TypeError, match="is an axis name, which funcavg.average takes inside"):
         averager.average_parameters(parameters(torch.ones(2)))

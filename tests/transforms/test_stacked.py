@@ -86,7 +86,7 @@ def test_what_passes_through():
     assert all(result[name] is tree[name] for name in ("i", "key", "none", "s"))
     assert (result["f"], result["w"].tolist()) == (2.5, [[0.5, 0.5]] * 2)
     assert average({}, stacked()) == {}
-    assert average(np.ones((2, 0)), stacked()).shape == (2, 0)
+    assert average([np.ones((2, 0)), 1.0], stacked())[0].shape == (2, 0)
 
 
 def test_parameters_ties_and_handles():
