@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, NamedTuple
 
 from funcavg._trees import combine, flatten, is_jax, zeros_like
@@ -42,7 +43,7 @@ def sgd(lr: float, momentum: float = 0.0) -> Outer:
     With ``lr=1`` and no momentum, an outer step is plain averaging.
 
     Args:
-        lr: The rate ``η``, positive.
+        lr: The rate ``η``, at least 0; with 0 the anchor stays as it is.
         momentum: ``μ``, at least 0 and less than 1.
 
     Returns:
@@ -70,6 +71,7 @@ def sgd(lr: float, momentum: float = 0.0) -> Outer:
     References:
         torch's ``torch.optim.SGD(lr, momentum)`` and optax's ``optax.sgd(lr, momentum)`` do the same.
     """
+    lr, momentum = _settings(lr, momentum)
     return _gradient_descent(lr, momentum, lambda u, _: -lr * u)
 
 
@@ -79,7 +81,7 @@ def nesterov(lr: float, momentum: float) -> Outer:
         u ← μ u + Δ, Θ ← Θ - η (Δ + μ u)
 
     Args:
-        lr: The rate ``η``, positive.
+        lr: The rate ``η``, at least 0; with 0 the anchor stays as it is.
         momentum: ``μ``, at least 0 and less than 1.
 
     Returns:
@@ -104,18 +106,22 @@ def nesterov(lr: float, momentum: float) -> Outer:
         learning](https://proceedings.mlr.press/v28/sutskever13.html), ICML 2013. torch's ``torch.optim.SGD(lr,
         momentum, nesterov=True)`` and optax's ``optax.sgd(lr, momentum, nesterov=True)`` do the same.
     """
+    lr, momentum = _settings(lr, momentum)
     return _gradient_descent(lr, momentum, lambda u, delta: -lr * (delta + momentum * u))
 
 
-def _gradient_descent(lr: Any, momentum: Any, step: Callable[[Any, Any], Any]) -> Outer:
-    """Return an optimizer whose updates are ``step(u, delta)``, with u the momentum and delta the pseudo-gradient."""
-    for name, value in (("lr", lr), ("momentum", momentum)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"outer: {name} must be a number, got {value!r} of type {type(value).__name__}")
-    if not 0 < lr < float("inf"):
-        raise ValueError(f"outer: lr must be positive and finite, got {lr!r}")
+def _settings(lr: Any, momentum: Any) -> tuple[float, float]:
+    """Return both as Python numbers, or raise what is wrong with them."""
+    lr, momentum = _number("lr", lr), _number("momentum", momentum)
+    if not 0 <= lr < float("inf"):
+        raise ValueError(f"outer: lr must be at least 0 and finite, got {lr!r}")
     if not 0 <= momentum < 1:
         raise ValueError(f"outer: momentum must be at least 0 and less than 1, got {momentum!r}")
+    return lr, momentum
+
+
+def _gradient_descent(lr: float, momentum: float, step: Callable[[Any, Any], Any]) -> Outer:
+    """Return an optimizer whose updates are ``step(u, delta)``, with u the momentum and delta the pseudo-gradient."""
 
     def init(anchor: Any) -> MomentumState:
         return MomentumState(combine(zeros_like, anchor) if momentum else None)
@@ -128,6 +134,15 @@ def _gradient_descent(lr: Any, momentum: Any, step: Callable[[Any, Any], Any]) -
         return combine(step, velocity, pseudo_gradient), MomentumState(velocity)
 
     return Outer(init, update)
+
+
+def _number(name: str, value: Any) -> float:
+    """Return a setting as a Python number; it may be of any kind of real number, or an array of shape ()."""
+    dtype = str(getattr(value, "dtype", ""))
+    is_array = getattr(value, "shape", None) == () and dtype.removeprefix("torch.").startswith(("float", "int", "uint"))
+    if isinstance(value, bool) or not (isinstance(value, Real) or is_array):
+        raise TypeError(f"outer: {name} must be a number, got {value!r} of type {type(value).__name__}")
+    return float(value)
 
 
 class Stepper(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import zipfile
 from collections.abc import Callable
@@ -19,6 +20,9 @@ __all__ = ["NAMED", "Leaf", "Spec", "arrays", "random_array", "random_tensor", "
 WIDTHS = {
     "float8_e4m3fn": 1,
     "float8_e5m2": 1,
+    "float8_e4m3fnuz": 1,
+    "float8_e5m2fnuz": 1,
+    "float8_e8m0fnu": 1,
     "float16": 2,
     "bfloat16": 2,
     "float32": 4,
@@ -29,6 +33,9 @@ WIDTHS = {
 SAFETENSORS = {
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
     "F16": "float16",
     "BF16": "bfloat16",
     "F32": "float32",
@@ -102,8 +109,12 @@ def read(tree: str) -> Spec:
     if tree in NAMED:
         return Spec(tree, {f"p{i}": Leaf("float32", shape) for i, shape in enumerate(NAMED[tree]())})
     path = Path(tree)
+    if path.is_dir():
+        path = _in_folder(path)
     if path.suffix not in READERS:
-        raise CliError(f"no tree is called {tree!r}: take {', '.join(NAMED)}, or a file ({', '.join(READERS)})")
+        raise CliError(
+            f"no tree is called {tree!r}: take {', '.join(NAMED)}, a file ({', '.join(READERS)}), or a model's folder"
+        )
     if not path.is_file():
         raise CliError(f"{tree}: no such file")
     library, reader = READERS[path.suffix]
@@ -119,6 +130,30 @@ def read(tree: str) -> Spec:
         dtypes = ", ".join(sorted({leaf.dtype for leaf in found.values()}))
         raise CliError(f"{tree}: nothing in it is averaged; its {len(found)} leaves are of {dtypes or 'no kind'}")
     return Spec(path.name, leaves, len(found) - len(leaves))
+
+
+def _in_folder(folder: Path) -> Path:
+    """Return the file that stands for a model in a folder, as hubs lay them: an index of shards, or the only one."""
+    for pattern in ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.bin", "*.pt", "*.pth"):
+        found = sorted(folder.glob(pattern))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(path.name for path in found[:5])
+            raise CliError(f"{folder}: {len(found)} files could be the model ({names}); name one, or their index")
+    raise CliError(f"{folder}: a folder without a model: no .safetensors, .bin, .pt or .pth, nor an index of such")
+
+
+def _index(path: Path) -> dict[str, Leaf]:
+    """Read the shards that an index names, as `save_pretrained` writes them."""
+    shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    found: dict[str, Leaf] = {}
+    for name in shards:
+        shard = path.parent / name
+        if not shard.is_file():
+            raise ValueError(f"it names {name}, which is not there")
+        found |= READERS[shard.suffix][1](shard)
+    return found
 
 
 def _safetensors(path: Path) -> dict[str, Leaf]:
@@ -150,6 +185,8 @@ def _torch(path: Path) -> dict[str, Leaf]:
             f"torch.load(weights_only=True) takes tensors in containers, such as a state_dict, and fails here with "
             f"{type(error).__name__}"
         ) from error
+    if isinstance(held, dict) and isinstance(held.get("state_dict"), dict):  # a checkpoint of Lightning, and its like
+        held = held["state_dict"]
     paths, leaves, _ = optree.tree_flatten_with_path(held)
     found, seen = {}, set()
     for names, leaf in zip(paths, leaves, strict=True):
@@ -170,6 +207,8 @@ READERS: dict[str, tuple[str, Callable[[Path], dict[str, Leaf]]]] = {
     ".pt": ("torch", _torch),
     ".pth": ("torch", _torch),
     ".bin": ("torch", _torch),
+    ".ckpt": ("torch", _torch),
+    ".json": ("safetensors", _index),
 }
 
 

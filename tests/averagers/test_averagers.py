@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -521,7 +522,7 @@ def test_synchronisations_are_logged_with_the_bytes_of_the_formula(caplog):
         (lambda: hierarchical({4: None}, anchor="end"), ValueError, 'anchor must be "step" or "warmup", got \'end\''),
         (lambda: hierarchical({4: 2}, group=Solo()), ValueError, "divides the 1 ranks of its group, got 2"),
         (lambda: hierarchical({4: 2}, group="data"), TypeError, "numbers of ranks are blocks of .*, got 'data'. Map"),
-        (lambda: outer.sgd(0.0), ValueError, "outer: lr must be positive and finite, got 0.0"),
+        (lambda: outer.sgd(-0.5), ValueError, "outer: lr must be at least 0 and finite, got -0.5"),
         (lambda: outer.sgd("1"), TypeError, "outer: lr must be a number, got '1' of type str"),
         (lambda: outer.nesterov(1.0, 1.0), ValueError, "momentum must be at least 0 and less than 1, got 1.0"),
         (lambda: periodic(2).init({"w": "text"}), TypeError, r"\['w'\] is a str: 'text'"),
@@ -540,3 +541,27 @@ def test_synchronisations_are_logged_with_the_bytes_of_the_formula(caplog):
 def test_what_is_refused(call, kind, words):
     with pytest.raises(kind, match=words):
         call()
+
+
+@pytest.mark.parametrize(
+    "rate", [0.5, np.float32(0.5), np.array(0.5), torch.tensor(0.5), jax.numpy.float32(0.5), Fraction(1, 2)]
+)
+def test_outer_rates_of_every_kind(rate):
+    updates, _ = outer.nesterov(rate, momentum=np.float64(0.5)).update(
+        {"w": np.array([2.0])}, outer.MomentumState({"w": np.array([0.0])})
+    )
+    assert updates["w"].tolist() == [-1.5]
+    assert updates["w"].dtype == np.float64
+
+
+def test_an_outer_rate_of_0_leaves_the_anchor_as_it_is():
+    averager = diloco(1, outer=outer.sgd(0.0), group=Solo())
+    state = averager.init({"w": np.ones(2)})
+    params, _ = averager.update({"w": np.full(2, 5.0)}, state)
+    assert params["w"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("rate", [np.ones(2), "1", True, torch.tensor(True), 1j, None])
+def test_what_is_no_outer_rate(rate):
+    with pytest.raises(TypeError, match="outer: lr must be a number, got"):
+        outer.sgd(rate)

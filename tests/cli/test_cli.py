@@ -66,7 +66,7 @@ def folder(tmp_path, monkeypatch):
     [
         (
             "bench --tree nosuch",
-            "no tree is called 'nosuch': take resnet50, gpt2, thousand-small, many-small, or a file",
+            "no tree is called 'nosuch': take resnet50, gpt2, thousand-small, many-small, a file",
         ),
         ("bench --tree nosuch.npz", "nosuch.npz: no such file"),
         ("bench --tree bad.safetensors", "bad.safetensors: cannot be read as .safetensors: "),
@@ -259,6 +259,38 @@ def test_files_are_read(files, file, half, left_out):
     spec = trees.read(str(files / file))
     assert spec == (file, {"a.w": ("float32", (3, 2)), "b.0": (half, (5,))}, left_out)
     assert spec.nbytes == 6 * 4 + 5 * 2
+
+
+def test_folders_indices_and_checkpoints_are_read(tmp_path):
+    """As hubs and trainers lay them."""
+    one, other = {"a": torch.ones(3, 2)}, {"b": torch.ones(5).to(torch.float8_e8m0fnu), "c": torch.ones(2)}
+    expected = {"a": ("float32", (3, 2)), "b": ("float8_e8m0fnu", (5,)), "c": ("float32", (2,))}
+    hf = tmp_path / "hf"
+    hf.mkdir()
+    for number, shard in enumerate([one, other], 1):
+        safetensors.torch.save_file(shard, hf / f"model-0000{number}-of-00002.safetensors")
+    weight_map = {"a": "model-00001-of-00002.safetensors"} | dict.fromkeys("bc", "model-00002-of-00002.safetensors")
+    with pytest.raises(
+        environment.CliError, match=r"hf: 2 files could be the model \(model-00001-of-00002.safetensors, .* index"
+    ):
+        trees.read(str(hf))
+    index = hf / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    for tree in (hf, index):
+        assert trees.read(str(tree)) == ("model.safetensors.index.json", expected, 0)
+    assert trees.read(str(hf)).nbytes == 8 * 4 + 5
+    torch.save(
+        {"state_dict": one | other, "epoch": 3, "optimizer_states": [{"x": torch.ones(9)}]}, tmp_path / "last.ckpt"
+    )
+    assert trees.read(str(tmp_path / "last.ckpt")) == ("last.ckpt", expected, 0)
+    (hf / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(
+        environment.CliError, match="cannot be read as .json: it names model-00002-of-00002.safetensors, which is"
+    ):
+        trees.read(str(hf))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(environment.CliError, match=r"empty: a folder without a model: no .safetensors"):
+        trees.read(str(tmp_path / "empty"))
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -4,6 +4,9 @@ import os
 import re
 import time
 from collections import OrderedDict
+from datetime import timedelta
+from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import optree
@@ -13,8 +16,19 @@ import torch.distributed as dist
 from helpers.processes import run_processes
 from helpers.trees import raw_memory
 
-from funcavg import FuncavgError, PeerLostError, TreeMismatchError, average, start_average
+from funcavg import (
+    FuncavgError,
+    PeerLostError,
+    PeriodicModelAverager,
+    TreeMismatchError,
+    average,
+    diloco,
+    hierarchical,
+    periodic,
+    start_average,
+)
 from funcavg._engine.agree import TEXT_BYTES
+from funcavg._trees import Options
 from funcavg._trees.claim import FORMAT
 from funcavg.collectives import Solo, as_collective, launched_ranks
 from funcavg.testing import run_ranks
@@ -374,6 +388,92 @@ def test_what_a_group_may_be_is_told():
 
 
 @pytest.mark.parametrize(
+    "timeout", [3, 2.5, np.float32(2.5), np.int64(3), Fraction(5, 2), timedelta(seconds=2.5), timedelta(hours=3), None]
+)
+def test_timeouts_of_every_kind(timeout):
+    assert average(1.5, Solo(), timeout=timeout) == start_average(1.5, Solo(), timeout=timeout).wait() == 1.5
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    assert Options(timeout=timeout).checked("average").timeout == seconds
+
+
+def late_by(call):
+    """Let rank 1 come too late, and return what rank 0 was told and after how long."""
+
+    def fn(group):
+        if group.rank == 1:
+            time.sleep(1.5)
+            return None
+        start = time.monotonic()
+        with pytest.raises(PeerLostError) as caught:
+            call(group)
+        return str(caught.value), time.monotonic() - start
+
+    words, waited = run_ranks(2, fn)[0]
+    assert "waited 0.3 s" in words
+    assert 0.2 < waited < 1.2
+
+
+@pytest.mark.filterwarnings("ignore:When period is 1")
+def test_averagers_and_stand_ins_wait_as_long_as_they_are_told():
+    params = {"w": np.ones(2)}
+    for make in (
+        lambda group: periodic(1, group=group, timeout=0.3),
+        lambda group: hierarchical({1: group}, timeout=np.float32(0.3)),
+        lambda group: diloco(1, warmup=1, group=group, timeout=timedelta(milliseconds=300)),
+    ):
+
+        def updated(group, make=make):
+            averager = make(group)
+            state = averager.init(params)
+            averager.update(params, state)
+
+        late_by(updated)
+
+    def by_stand_in(group):
+        parameter = torch.nn.Parameter(torch.ones(2))
+        parameter.grad = torch.ones(2)
+        PeriodicModelAverager(1, process_group=group, timeout=0.3).average_parameters([parameter])
+
+    late_by(by_stand_in)
+    late_by(lambda group: average(1.0, Defaulted(group)))  # the group's own
+
+
+class Defaulted:
+    """A transport that knows how long its users wait."""
+
+    default_timeout = 0.3
+
+    def __init__(self, group):
+        self._group, self.rank, self.size = group, group.rank, group.size
+
+    def __getattr__(self, name):
+        return getattr(self._group, name)
+
+
+def test_a_mistake_is_told_within_the_averagers_timeout():
+    """And not within 300 seconds: the other rank does not come."""
+
+    def fn(group):
+        if group.rank == 1:
+            time.sleep(1.5)
+            return
+        averager = periodic(1, group=group, timeout=0.3)
+        state = averager.init({"w": np.ones(2)})
+        start = time.monotonic()
+        with pytest.raises(ValueError, match="another tree than init"):
+            averager.update({"w": np.ones(3)}, state)
+        assert time.monotonic() - start < 1.2
+
+    run_ranks(2, fn)
+
+
+@pytest.mark.parametrize("make", [partial(periodic, 2), partial(hierarchical, {2: Solo()}), partial(diloco, 2)])
+def test_averagers_refuse_bad_timeouts_at_once(make):
+    with pytest.raises(ValueError, match=r"(periodic|hierarchical|diloco): timeout must be positive"):
+        make(timeout=-1)
+
+
+@pytest.mark.parametrize(
     ("timeout", "kind", "text"),
     [
         (0, ValueError, r"positive and at most 1e\+07 seconds, got 0"),
@@ -381,8 +481,10 @@ def test_what_a_group_may_be_is_told():
         (float("nan"), ValueError, r"positive and at most 1e\+07 seconds, got nan"),
         (1e9, ValueError, r"positive and at most 1e\+07 seconds, got 1000000000.0"),
         (float("inf"), ValueError, r"positive and at most 1e\+07 seconds, got inf"),
-        ("3", TypeError, "a number of seconds or None, got '3'"),
-        (True, TypeError, "a number of seconds or None, got True"),
+        (timedelta(0), ValueError, r"positive and at most 1e\+07 seconds, got datetime.timedelta\(0\)"),
+        ("3", TypeError, "a number of seconds, a timedelta or None, got '3' of type str"),
+        (True, TypeError, "a number of seconds, a timedelta or None, got True of type bool"),
+        (1j, TypeError, "a number of seconds, a timedelta or None, got 1j of type complex"),
     ],
 )
 @pytest.mark.parametrize("call", [average, start_average])

@@ -154,7 +154,7 @@ def test_the_verdict(example, losses, sent, verdict, tmp_path, capsys):
         (["--period", "0"], "periodic: period must be at least 1, got 0"),
         (["--period", "9"], "hierarchical: each period must be a multiple of the one before, but 9 is none of 2"),
         (["--outer-period", "0"], "diloco: period must be at least 1, got 0"),
-        (["--outer-rate", "-1"], "outer: lr must be positive and finite, got -1.0"),
+        (["--outer-rate", "-1"], "outer: lr must be at least 0 and finite, got -1.0"),
         (["--outer-momentum", "1"], "outer: momentum must be at least 0 and less than 1, got 1.0"),
         (["--plot", "/no/such/folder/methods.png"], "--plot: there is no folder /no/such/folder"),
         (["--plot", "methods.txt"], "--plot must end with .png, .pdf or .svg, got methods.txt"),
