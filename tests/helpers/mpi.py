@@ -131,6 +131,9 @@ def run_mpi(size: int, fn: Callable[..., Any], *args: Any, timeout: float = 60.0
                 problems.append(f"rank {rank} raised\n{failure}")
         if problems:
             raise JobFailed("\n".join([*problems, *said]))
+        for outcome in outcomes:
+            if isinstance(outcome, pytest.skip.Exception):
+                raise outcome
         return outcomes
 
 
@@ -144,6 +147,8 @@ def _rank_of_a_job(folder: str) -> None:
         try:
             module, name, args = pickle.loads(Path(folder, "job").read_bytes())
             outcome = getattr(importlib.import_module(module), name)(comm, *args), None
+        except pytest.skip.Exception as reason:
+            outcome = reason, None
         except BaseException:
             outcome = None, traceback.format_exc()
         draft = Path(folder, f"draft{comm.rank}")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from helpers import mpi
+from helpers.frameworks import torch
 from helpers.processes import run_processes
 
 from funcavg import PeerLostError, TreeMismatchError, average, should_average, start_average
