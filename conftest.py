@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "tests"))  # pytest's own setting comes later than
 
 from helpers.frameworks import OPTIONAL, absent, needed_by, skip_without  # noqa: E402
 
-IMPORTED = re.compile(r"^\s*(?:import|from)\s+(\w+)", re.MULTILINE)
+IMPORT = re.compile(r"^\s*(?:import\s+(.+)|from\s+(\w+))", re.MULTILINE)
 NOT_FOUND = re.compile(r"ModuleNotFoundError: No module named '(\w+)")
 
 
@@ -46,9 +46,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         skip_without(framework)
     if isinstance(item, pytest.DoctestItem):
         source = "".join(example.source for example in item.dtest.examples)
-        for framework in IMPORTED.findall(source):
-            if framework in OPTIONAL:
-                skip_without(framework)
+        for several, one in IMPORT.findall(source):
+            for name in re.findall(r"(?:^|,)\s*(\w+)", several or one):
+                if name in OPTIONAL:
+                    skip_without(name)
         fails = any(example.exc_msg and "run_ranks" in example.source for example in item.dtest.examples)
         if fails and sys.version_info < (3, 11):
             pytest.skip("Python 3.10's doctest takes an exception's note, which says the rank, for its text")

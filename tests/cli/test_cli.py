@@ -409,7 +409,7 @@ def test_bench_over_mpi(alone):
     result, found = measured(done)
     assert set(found) == TORCH
     assert (result["ranks"], result["tree"]["bytes"]) == (2, 1_024_000)
-    assert re.match("MPICH|Open MPI", result["library"])
+    assert re.match("MPICH|Open MPI|Intel MPI", result["library"])
 
 
 @pytest.mark.mpi
@@ -420,7 +420,7 @@ def test_a_launcher_of_another_library():
     assert "Traceback" not in done.stderr
     assert re.match(
         r"funcavg bench: Open MPI's mpiexec has started 3 ranks, but MPI.COMM_WORLD has 1: the launcher is not that of "
-        r"mpi4py's library, (MPICH|Open MPI) ",
+        r"mpi4py's library, (MPICH|Open MPI|Intel MPI) ",
         done.stderr.splitlines()[-1],
     )
 
@@ -652,7 +652,9 @@ def test_doctor_reports_the_job_it_is_in():
 def test_doctor_tries_mpi(size):
     done = mpi.mpiexec(size, "-m", "funcavg", "doctor", "mpi", "node", "--timeout", "60")
     assert done.returncode == 0, (done.stdout, done.stderr)
-    assert re.search(r"(?m)^mpi4py +ok +[\d.]+; (MPICH|Open MPI) .*; threads: multiple; .* GPU memory", done.stdout)
+    assert re.search(
+        r"(?m)^mpi4py +ok +[\d.]+; (MPICH|Open MPI|Intel MPI) .*; threads: multiple; .* GPU memory", done.stdout
+    )
     assert re.search(rf"(?m)^{'this job' if size else 'MPI'} +ok .*2 ranks average 4 MB", done.stdout)
     assert re.search(r"(?m)^node stage +ok +rank 0 of 2 meets 1 other rank", done.stdout)
     assert done.stdout.endswith("\nOf what was asked for, all works.\n")

@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,6 +25,17 @@ OPTIONAL = (
     *("sklearn", "matplotlib", "mpi4jax", "lightning"),
 )
 NAMES = {"dist": "torch.distributed", "jnp": "jax.numpy"}  # what is imported by another name than its own
+
+
+@contextlib.contextmanager
+def collecting() -> Iterator[None]:
+    """Import test modules as pytest does before any test runs; in a rank, that is, which a test has started."""
+    test = os.environ.pop("PYTEST_CURRENT_TEST", None)
+    try:
+        yield
+    finally:
+        if test is not None:
+            os.environ["PYTEST_CURRENT_TEST"] = test
 
 
 @functools.cache
@@ -58,6 +70,12 @@ class Absent:
 
     def __bool__(self) -> bool:
         return False
+
+
+class Skip(str):
+    """Why a rank skips, as something that it can send: pytest's own exception cannot be pickled."""
+
+    __slots__ = ()
 
 
 def skip_without(framework: str) -> None:
