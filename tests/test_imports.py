@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers.frameworks import skip_without
 
 FRAMEWORKS = {"torch", "jax", "mpi4py", "ml_dtypes"}
 BUDGET = 0.030  # seconds, where NumPy and optree take five times as long; machines differ
@@ -31,6 +32,7 @@ def test_averaging_numpy_loads_no_framework():
 
 
 def test_the_check_would_notice():
+    skip_without("torch")
     assert "torch" in loaded("import funcavg; funcavg.PeriodicModelAverager")
 
 

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-import torch
+from helpers.frameworks import torch
 
 from funcavg import should_average
 

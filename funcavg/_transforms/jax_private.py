@@ -19,7 +19,7 @@ import numpy as np
 
 __all__ = ["prepare_jax"]
 
-TESTED = "0.10"  # release of JAX
+TESTED = "0.10.2 to 0.12"  # releases of JAX
 IN_PLACE = "xla_buffer_python_cpu_callback"
 
 Run = Callable[[Sequence[Any], Any, Any], Sequence[Any]]  # (leaves, weight, out) -> means, in `out` unless that is None
@@ -59,7 +59,8 @@ def _private() -> _Private:
     except (ImportError, AttributeError) as error:
         raise RuntimeError(
             f"average: inside jax.jit and jax.grad over a group of processes, funcavg is tested with JAX {TESTED}, and "
-            f"finds its way in {jax.__version__} no more ({error}). Average outside of them, or install that release."
+            f"finds its way in {jax.__version__} no more ({error}). Average outside of them, or install one of these "
+            f"releases."
         ) from error
 
 

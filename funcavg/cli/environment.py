@@ -128,9 +128,11 @@ def mpi_name(version: str) -> str:
 
     >>> mpi_name("Open MPI v5.0.8, package: Open MPI conda@x Distribution"), mpi_name("MPICH Version:      4.3.1")
     ('Open MPI v5.0.8', 'MPICH 4.3.1')
+    >>> mpi_name("Intel(R) MPI Library 2021.18 for Linux* OS")
+    'Intel MPI 2021.18'
     """
-    line = version.strip().partition("\n")[0].partition(",")[0]
-    return " ".join(line.replace("Version:", "").split())
+    line = version.strip().partition("\n")[0].partition(",")[0].partition(" for Linux")[0]
+    return " ".join(line.replace("Version:", "").replace("(R)", "").replace("MPI Library", "MPI").split())
 
 
 def mpiexec(environ: Mapping[str, str], timeout: float = 60.0) -> list[str]:

@@ -181,8 +181,12 @@ def launched_ranks(
     >>> launched_ranks({"WORLD_SIZE": "2", "RANK": "0"})
     (2, 'torchrun', 'torch.distributed.init_process_group()')
     >>> launched_ranks({"SLURM_NTASKS": "8"})  # an allocation, not a step: this is the batch script itself
+    >>> launched_ranks({"PMI_SIZE": "2", "PMI_RANK": "0", "I_MPI_HYDRA_UUID": "6b14"})
+    (2, "Intel MPI's mpiexec", '`from mpi4py import MPI`')
     """
     for size, rank, launcher, call in launchers:
         if environ.get(size, "").isdigit() and int(environ[size]) > 1 and environ.get(rank, "").isdigit():
+            if "I_MPI_HYDRA_UUID" in environ:  # whose variables are MPICH's, but for some of its own
+                launcher = launcher.replace("MPICH", "Intel MPI")  # noqa: PLW2901
             return int(environ[size]), launcher, call
     return None

@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-import torch
-import torch.distributed as dist
 from helpers import averaging, mpi
 from helpers.averaging import local_sgd, local_training_and
+from helpers.frameworks import dist, jax, jnp, optax, torch
 from helpers.processes import run_processes
 
 from funcavg import average, diloco, hierarchical, outer, periodic
@@ -13,9 +12,6 @@ from funcavg.collectives import Solo, as_collective
 from funcavg.collectives.blocks import block_of
 from funcavg.testing import run_ranks
 
-jax = pytest.importorskip("jax")
-optax = pytest.importorskip("optax")
-jnp = jax.numpy
 WEIGHTS = [1.0, 0.0, 2.5]
 
 

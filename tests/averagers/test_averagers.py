@@ -6,9 +6,9 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-import torch
 from helpers import averaging, mpi
 from helpers.averaging import FRAMEWORKS, RATE, SIZE, STARTS, local_sgd, local_training_and, train, x64
+from helpers.frameworks import jax, jnp, optax, torch
 from helpers.processes import run_processes
 
 import funcavg
@@ -16,9 +16,6 @@ from funcavg import average, diloco, hierarchical, outer, periodic, stacked
 from funcavg.collectives import Solo
 from funcavg.testing import run_ranks
 
-jax = pytest.importorskip("jax")
-optax = pytest.importorskip("optax")
-jnp = jax.numpy
 WEIGHTS = [1.0, 0.0, 2.5]
 
 

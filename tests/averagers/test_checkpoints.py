@@ -3,15 +3,12 @@
 import numpy as np
 import optree
 import pytest
-import torch
 from helpers import averaging
 from helpers.averaging import RATE, x64
+from helpers.frameworks import jax, optax, torch
 
 from funcavg import averagers, diloco, outer
 from funcavg.testing import run_ranks
-
-jax = pytest.importorskip("jax")
-optax = pytest.importorskip("optax")
 
 MAKERS = {
     **{name: method.make for name, method in averaging.METHODS.items()},

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from helpers import mpi
+from helpers.frameworks import torch
 from helpers.trees import assert_is_mean, bits, plant, refs_of, trees
 from hypothesis import HealthCheck, Phase, given, seed, settings
 

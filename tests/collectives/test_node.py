@@ -13,8 +13,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
-import torch.distributed as dist
+from helpers.frameworks import dist, skip_without, torch
 from helpers.processes import run_processes
 from helpers.trees import assert_is_mean, bits
 
@@ -380,6 +379,7 @@ os._exit(status != 0)
 
 
 def test_a_child_exits_while_its_parent_averages(tmp_path):
+    skip_without("torch")
     command = [sys.executable, "-W", "ignore", "-c", FORKS]
     ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "store")]) for rank in range(2)]
     try:
@@ -440,6 +440,7 @@ dist.barrier()
 
 
 def test_a_process_exits_normally_with_a_window_open(tmp_path):
+    skip_without("torch")
     ranks = [
         subprocess.Popen([sys.executable, "-W", "ignore", "-c", EXITS, str(tmp_path / "store"), str(rank)])
         for rank in range(2)

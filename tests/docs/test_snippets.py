@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from helpers import mpi
+from helpers.frameworks import skip_without, torch
 
 import funcavg
 
@@ -32,6 +32,7 @@ def test_there_is_no_other_such_code():
 
 
 def test_an_axis_name():
+    skip_without("jax")
     code = f"""
 import jax, jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec as P

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-import torch
+from helpers.frameworks import torch
 
 from funcavg import PeerLostError, average
 from funcavg._engine import Agreement, buckets, move, reach_agreement, session

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import torch.distributed as dist
 from helpers import mpi
+from helpers.frameworks import dist, skip_without, torch
 from helpers.processes import run_processes
 
 from funcavg import PeerLostError, _points, average
@@ -222,6 +221,7 @@ average(np.ones(3), group, timeout=20)
 
 @pytest.mark.parametrize("mode", MODES)
 def test_torchrun_ends_a_job_of_which_a_rank_is_killed(tmp_path, mode):
+    skip_without("torch")
     (tmp_path / "job.py").write_text(JOB)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "job.py"), "torch"]
     environ = os.environ | {"FUNCAVG_NODE": MODES[mode], "PYTHONPATH": str(mpi.ROOT)}

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-import torch
+from helpers.frameworks import torch
 from helpers.processes import interruptible
 
 from funcavg import PeerLostError, TreeMismatchError, average, start_average

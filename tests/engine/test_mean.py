@@ -6,7 +6,7 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
+from helpers.frameworks import skip_without, torch
 from helpers.trees import GPU, NUMPY_FLOATS, TORCH_FLOATS, assert_is_mean, bits, build, numpy_dtype
 from helpers.trees import Spec as S
 
@@ -133,6 +133,7 @@ def test_weights_of_tensors(device, monkeypatch):
 
 def test_float16_and_bfloat16_without_torch():
     """NumPy's own way for the same dtypes gives the same bits."""
+    skip_without("torch")
     code = """
 import ml_dtypes, numpy as np, sys
 from funcavg._engine.mean import mean_into

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+for name in ("torch", "matplotlib"):
+    pytest.importorskip(name)
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "compare_methods.py"
 PARAMETERS = 98 * 64 + 6 * (128 * 64 + 64) + 64 * 98
 CLAIM = 48  # bytes that a rank sends each other rank before it averages

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from helpers.frameworks import skip_without, torch
 from helpers.processes import run_processes
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +20,8 @@ CLAIM = 48  # bytes that a rank sends each other rank before it averages
 
 
 def run(*command):
+    for framework in ("torch", "sklearn", "matplotlib"):
+        skip_without(framework)
     return subprocess.run(
         [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=100, check=False, cwd="/"
     )

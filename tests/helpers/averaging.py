@@ -10,11 +10,10 @@ import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-import torch
 
 from funcavg import diloco, hierarchical, periodic
+from helpers.frameworks import jax, torch
 
 RATE = 0.125
 SIZE = 3

@@ -22,6 +22,7 @@ import pytest
 
 from funcavg.cli.environment import CliError, unlaunched
 from funcavg.cli.environment import mpiexec as find_mpiexec
+from helpers.frameworks import Skip, collecting
 
 ROOT = Path(__file__).parents[2]
 
@@ -131,6 +132,9 @@ def run_mpi(size: int, fn: Callable[..., Any], *args: Any, timeout: float = 60.0
                 problems.append(f"rank {rank} raised\n{failure}")
         if problems:
             raise JobFailed("\n".join([*problems, *said]))
+        for outcome in outcomes:
+            if isinstance(outcome, Skip):
+                pytest.skip(outcome)
         return outcomes
 
 
@@ -142,8 +146,12 @@ def _rank_of_a_job(folder: str) -> None:
         with contextlib.suppress(AttributeError):
             faulthandler.register(signal.SIGUSR1, stack, all_threads=True)
         try:
-            module, name, args = pickle.loads(Path(folder, "job").read_bytes())
-            outcome = getattr(importlib.import_module(module), name)(comm, *args), None
+            with collecting():
+                module, name, args = pickle.loads(Path(folder, "job").read_bytes())
+                fn = getattr(importlib.import_module(module), name)
+            outcome = fn(comm, *args), None
+        except pytest.skip.Exception as reason:
+            outcome = Skip(reason), None
         except BaseException:
             outcome = None, traceback.format_exc()
         draft = Path(folder, f"draft{comm.rank}")

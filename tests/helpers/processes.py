@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from helpers.frameworks import skip_without
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the forkserver and its children inherit it
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "funcavg", "funcavg.stateful", "torch.nn.parallel"])
@@ -41,6 +43,7 @@ def run_processes(
 
     ``fn`` is a module-level function. Ranks in ``dies`` are expected to be killed, and return None.
     """
+    skip_without("torch")
     with tempfile.TemporaryDirectory() as folder:
         pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(size)]
         workers = [

@@ -13,10 +13,11 @@ import ml_dtypes
 import numpy as np
 import optree
 import pytest
-import torch
 from hypothesis import assume
 from hypothesis import strategies as st
 from optree.registry import __GLOBAL_NAMESPACE as GLOBAL_NAMESPACE
+
+from helpers.frameworks import is_tensor, torch
 
 GPU = [
     pytest.mark.gpu,
@@ -80,12 +81,13 @@ DTYPES = {
     "parameter": ["float32", "float64", "bfloat16", "complex64"],
     "scalar": [*NUMPY_FLOATS, *COMPLEX],
 }
+KINDS = [kind for kind in DTYPES if torch or kind not in ("torch", "parameter")]
 
 
 @st.composite
 def specs(draw: st.DrawFn, values: list[str] = VALUES) -> Spec:
     """Draw a leaf of any kind, dtype, shape and memory layout."""
-    kind = draw(st.sampled_from([*DTYPES, *DTYPES, "float", "complex", "int", "bool"]))
+    kind = draw(st.sampled_from([*KINDS, *KINDS, "float", "complex", "int", "bool"]))
     common = {"values": draw(st.sampled_from(values)), "seed": draw(st.integers(0, 999))}
     if kind not in DTYPES:
         return Spec(kind, **common)
@@ -274,7 +276,7 @@ def same_containers(one: Any, other: Any) -> bool:
 
 def bits(leaf: Any) -> bytes:
     """Return a leaf's values, bit for bit and in logical order. Long doubles without their padding."""
-    if isinstance(leaf, torch.Tensor):
+    if is_tensor(leaf):
         copy = leaf.detach().clone(memory_format=torch.contiguous_format)
         return bytes(copy.view(-1).view(torch.uint8).numpy())
     array = np.ascontiguousarray(leaf)
@@ -285,7 +287,7 @@ def bits(leaf: Any) -> bytes:
 
 def memory(leaf: Any) -> tuple[int, int] | None:
     """Return the addresses between which the memory behind a leaf lies; None for numbers and empty leaves."""
-    if isinstance(leaf, torch.Tensor):
+    if is_tensor(leaf):
         storage = leaf.untyped_storage()
         return (storage.data_ptr(), storage.data_ptr() + storage.nbytes()) if storage.nbytes() else None
     if isinstance(leaf, np.ndarray) and leaf.size:
@@ -304,7 +306,7 @@ def raw_memory(leaf: Any) -> bytes:
 
 def reals(leaf: Any) -> list[Any]:
     """Return a leaf's real numbers, exactly, in logical order; complex numbers as pairs."""
-    if isinstance(leaf, torch.Tensor):
+    if is_tensor(leaf):
         leaf = leaf.detach()
         leaf = torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf
         return leaf.to(torch.float64).reshape(-1).tolist()
@@ -322,8 +324,9 @@ def exact(number: Any) -> Fraction:
 
 def _ulp(leaf: Any, number: Fraction) -> Fraction:
     """Return the distance between neighbours of the leaf's dtype around a number."""
-    is_tensor = isinstance(leaf, torch.Tensor)  # torch.finfo errs about float8_e5m2fnuz (2.13)
-    limits = limits_of(numpy_dtype(str(leaf.dtype).removeprefix("torch.")) if is_tensor else np.asarray(leaf).dtype)
+    # torch.finfo errs about float8_e5m2fnuz (2.13)
+    dtype = numpy_dtype(str(leaf.dtype).removeprefix("torch.")) if is_tensor(leaf) else np.asarray(leaf).dtype
+    limits = limits_of(dtype)
     eps, normal = exact(limits.eps), exact(limits.smallest_normal)
     magnitude = max(abs(number), normal)
     exponent = magnitude.numerator.bit_length() - magnitude.denominator.bit_length()

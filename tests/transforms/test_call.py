@@ -1,11 +1,9 @@
 """A tree is taken apart once, and described once, whichever way it goes."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import optree
 import pytest
-import torch
+from helpers.frameworks import jax, jnp, torch
 from optree.registry import __GLOBAL_NAMESPACE as GLOBAL_NAMESPACE
 
 from funcavg import average, stacked, start_average
@@ -19,17 +17,20 @@ def gradient(tree, group):
     average({"w": leaf, "n": 1}, group)
 
 
-NUMPY, TORCH, JAX = ({"w": leaf, "n": 1} for leaf in (np.ones(3), torch.ones(3), jnp.ones(3)))
+def tree(ones):
+    return {"w": ones(3), "n": 1}
+
+
 WAYS = {
-    "plain": (lambda group: average(NUMPY, group), 1, 1),
-    "donated": (lambda group: average(TORCH, group, donate=True), 1, 1),
-    "begun": (lambda group: start_average(NUMPY, group).wait(), 1, 1),
-    "replicas": (lambda _: average(TORCH, stacked()), 1, 1),
-    "replicas and a number": (lambda _: average({**TORCH, "lr": 0.5}, stacked(), donate=True), 1, 1),
-    "axis": (lambda _: jax.vmap(lambda w: average({"w": w}, "i"), axis_name="i")(JAX["w"]), 1, 1),
-    "recorded": (lambda group: gradient(TORCH, group), 1, 1),
+    "plain": (lambda group: average(tree(np.ones), group), 1, 1),
+    "donated": (lambda group: average(tree(torch.ones), group, donate=True), 1, 1),
+    "begun": (lambda group: start_average(tree(np.ones), group).wait(), 1, 1),
+    "replicas": (lambda _: average(tree(torch.ones), stacked()), 1, 1),
+    "replicas and a number": (lambda _: average({**tree(torch.ones), "lr": 0.5}, stacked(), donate=True), 1, 1),
+    "axis": (lambda _: jax.vmap(lambda w: average({"w": w}, "i"), axis_name="i")(jnp.ones(3)), 1, 1),
+    "recorded": (lambda group: gradient(tree(torch.ones), group), 1, 1),
     "transformed": (
-        lambda group: torch.func.grad(lambda w: average({"w": w}, group)["w"].sum())(TORCH["w"]),
+        lambda group: torch.func.grad(lambda w: average({"w": w}, group)["w"].sum())(torch.ones(3)),
         2,  # once for the cotangents, an average of its own
         2,
     ),
@@ -38,7 +39,11 @@ WAYS = {
         2,  # and as the batch that it is
         1,
     ),
-    "traced": (lambda group: jax.jit(lambda tree: average(tree, group)["w"])(JAX), 2, 1),  # and when the program runs
+    "traced": (
+        lambda group: jax.jit(lambda tree: average(tree, group)["w"])(tree(jnp.ones)),
+        2,
+        1,
+    ),  # and when the program runs
 }
 
 

@@ -5,13 +5,11 @@ import warnings
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
+from helpers.frameworks import jax, jnp, torch
 
 from funcavg import average, should_average, stacked, start_average
 from funcavg.testing import run_ranks
 
-jax = pytest.importorskip("jax")
-jnp = jax.numpy
 FRAMEWORKS = {"numpy": np.asarray, "torch": torch.from_numpy, "jax": jnp.asarray}
 WEIGHTS = [1.0, 0.0, 2.5]
 

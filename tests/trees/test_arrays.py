@@ -5,7 +5,7 @@ from collections import OrderedDict, defaultdict
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
+from helpers.frameworks import torch
 from helpers.trees import ML_DTYPES, Layer, Point
 
 from funcavg import average

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-import torch
+from helpers.frameworks import torch
 from helpers.processes import run_processes
 
 from funcavg import TreeMismatchError, average, should_average, start_average
