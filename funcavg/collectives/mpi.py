@@ -38,9 +38,11 @@ def collective_of(comm: MPI.Comm) -> MPICollective | None:
         if comm in _MET:  # which a rank without a part in it never was
             raise ValueError("average: group is an MPI communicator that has been freed")
         return None
-    if not MPI.Is_initialized() or MPI.Is_finalized():
-        state = "is not initialised yet: call MPI.Init()" if not MPI.Is_initialized() else "has been finalised"
-        raise RuntimeError(f"average: group={comm!r}, but MPI {state}")
+    if MPI.Is_finalized():
+        raise RuntimeError(f"average: group={comm!r}, but MPI has been finalised")
+    if comm in (MPI.COMM_WORLD, MPI.COMM_SELF) and not MPI.Is_initialized():  # else it is of an MPI session
+        cure = "call MPI.Init(), or pass a communicator of your MPI session"
+        raise RuntimeError(f"average: group={comm!r}, but MPI is not initialised yet: {cure}")
     if comm.Is_inter():
         raise TypeError(
             f"average: group={comm!r} is an intercommunicator, which has two sides and no common mean. Pass an "
@@ -91,12 +93,12 @@ class MPICollective(Rows):
     def __init__(self, comm: MPI.Comm) -> None:
         self.rank, self.size = comm.rank, comm.size
         self.bytes_sent = 0
-        self._alone_in_mpi = MPI.Query_thread() < MPI.THREAD_MULTIPLE
+        self._alone_in_mpi = _thread_level() < MPI.THREAD_MULTIPLE
         self._users: MPI.Comm | None = comm
         self._comm: Any = None
         self._under_way: dict[int, Any] = {}  # requests and their buffers, by number
         self._numbers = itertools.count()
-        self._freed_by_finalize = any(MPI.Comm.Compare(comm, c) == MPI.IDENT for c in (MPI.COMM_WORLD, MPI.COMM_SELF))
+        self._freed_by_finalize = comm in (MPI.COMM_WORLD, MPI.COMM_SELF)  # by handle: MPI may have sessions only
         self._gpu_aware = False
 
     def __repr__(self) -> str:
@@ -122,7 +124,7 @@ class MPICollective(Rows):
             self._finish(self._keep([request], duplicate), [], timeout, everyone)
             duplicate.Set_errhandler(MPI.ERRORS_RETURN)
             # Ranks may see different environments, and must take the same way.
-            aware = np.array([is_gpu_aware(_memory_kinds(), os.environ)], np.int8)
+            aware = np.array([is_gpu_aware(_memory_kinds(self._users), os.environ)], np.int8)
             with self._translate_errors():
                 request = duplicate.Iallreduce(MPI.IN_PLACE, [aware, MPI.SIGNED_CHAR], MPI.MIN)
             self._finish(self._keep([request], aware), [], timeout, everyone)
@@ -219,10 +221,18 @@ class MPIDeviceVerbs(Rows):
         return self._owner.transfer(send, receive, timeout, channel=channel)
 
 
-def _memory_kinds() -> str:
-    """Return what the library says of the memory it takes; "" before MPI 4.1."""
+def _thread_level() -> int:
+    """Return which threads may call MPI. Of sessions, libraries need not say it: then only the caller's may."""
     try:
-        info = MPI.COMM_WORLD.Get_info()
+        return MPI.Query_thread()
+    except (MPI.Exception, NotImplementedError):
+        return MPI.THREAD_SINGLE
+
+
+def _memory_kinds(comm: MPI.Comm | None = None) -> str:
+    """Return what the library says of the memory it takes; "" before MPI 4.1. A session's ``comm`` is asked itself."""
+    try:
+        info = MPI.COMM_WORLD.Get_info() if comm is None or MPI.Is_initialized() else comm.Get_info()
     except (MPI.Exception, NotImplementedError):
         return ""
     kinds = info.Get("mpi_memory_alloc_kinds") or ""

@@ -148,6 +148,10 @@ class Work:
             raise RuntimeError(self.error)
 
 
+class Stub(SimpleNamespace):
+    __hash__ = object.__hash__
+
+
 def nccl_of(*works):
     """Return the verbs of a rank whose collectives are these, and a list that tells whether NCCL was aborted."""
     aborted = []
@@ -159,11 +163,10 @@ def nccl_of(*works):
             raise work
         return work
 
-    left, group = list(works), SimpleNamespace(allreduce=allreduce, _get_backend=lambda device: backend)
-    owner = TorchCollective.__new__(TorchCollective)
-    owner.rank, owner.size, owner.bytes_sent, owner.on_device = 0, 2, 0, 0
-    owner._gloo, owner._group = None, lambda: group
-    return DeviceVerbs(group, owner), owner, aborted
+    left, group = list(works), Stub(allreduce=allreduce, _get_backend=lambda device: backend)
+    group.rank, group.size = (lambda: 0), (lambda: 2)
+    owner = TorchCollective(group)
+    return DeviceVerbs(group, owner), owner, aborted  # the verbs keep the group
 
 
 def test_a_collective_of_nccl_that_is_late_is_aborted_and_no_stream_waits_for_it():

@@ -433,6 +433,90 @@ def test_a_lone_world_under_a_launcher_of_several_ranks(more):
         assert (done.returncode != 0) == fails
 
 
+TORCH_WORLD_OF_ONE = """
+import sys
+{first}
+import torch.distributed as dist
+import funcavg
+from funcavg.collectives import Solo
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # a library's own
+assert funcavg.average(1.0, Solo()) == funcavg.average(1.0, dist.group.WORLD) == 1.0  # what is named is meant
+for call in (funcavg.average, funcavg.start_average):
+    try:
+        call(1.0)
+    except RuntimeError as error:
+        assert {text!r} in str(error), error
+        assert "funcavg.collectives.Solo()" in str(error), error
+    else:
+        sys.exit("averaged with itself alone")
+"""
+
+
+@pytest.mark.parametrize("with_mpi", [False, True])
+def test_a_torch_world_of_one_rank_among_several_processes(tmp_path, with_mpi):
+    """As a library makes one for itself, in each process that mpiexec has started."""
+    first, text = "", "has one rank here, but MPICH's mpiexec has started 2: each would be averaged with itself alone"
+    if with_mpi:
+        first, text = "from mpi4py import MPI", "has one rank here, but MPI.COMM_WORLD has 2: each would be"
+    elif "MPICH" not in mpi_library():
+        text = "has one rank here, but Open MPI's mpiexec has started 2: each would"
+    (tmp_path / "job.py").write_text(TORCH_WORLD_OF_ONE.format(first=first, text=text))
+    done = mpi.mpiexec(2, tmp_path / "job.py")
+    assert done.returncode == 0, done.stderr
+
+
+def mpi_library():
+    command = [sys.executable, "-m", "mpi4py", "--mpi-lib-version"]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout
+
+
+SESSION = """
+import mpi4py
+mpi4py.rc.initialize = False
+from mpi4py import MPI
+import numpy as np
+import funcavg
+from funcavg.collectives import as_collective
+
+for unusable, cure in ((MPI.COMM_WORLD, "MPI.Init()"), (None, "pass a communicator of your MPI session")):
+    try:
+        funcavg.average(1.0, unusable)
+    except RuntimeError as error:
+        assert cure in str(error), error
+    else:
+        raise AssertionError("averaged over nothing")
+for round_number in range(2):
+    session = MPI.Session.Init()
+    group = session.Create_group("mpi://WORLD")
+    comm = MPI.Intracomm.Create_from_group(group, f"test {round_number}")
+    assert comm.size == 2 and not MPI.Is_initialized()
+    for each in (comm, comm.Dup()):
+        assert as_collective(each) is as_collective(each)
+        for size in (1, 1_500_000):
+            mean = funcavg.average({"w": np.full(size, float(comm.rank))}, each, timeout=20)["w"]
+            assert (mean == 0.5).all()
+            handle = funcavg.start_average(np.full(size, float(comm.rank)), each, timeout=20)
+            assert (handle.wait() == 0.5).all()
+        if each is not comm:
+            each.Free()
+    try:
+        funcavg.average("text" if comm.rank else 1.0, comm, timeout=20)
+    except TypeError as error:
+        assert "rank 1" in str(error)
+    comm.Free()
+    group.Free()
+    session.Finalize()
+print("fine")
+"""
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_communicators_of_sessions(tmp_path, node):
+    (tmp_path / "job.py").write_text(SESSION)
+    done = mpi.mpiexec(2, tmp_path / "job.py", FUNCAVG_NODE=node)
+    assert (done.returncode, done.stdout.count("fine")) == (0, 2), done.stderr
+
+
 NO_LIBRARY = """
 import contextlib
 with contextlib.suppress(Exception):

@@ -30,6 +30,7 @@ from funcavg._engine.agree import TEXT_BYTES
 from funcavg._trees import Options
 from funcavg._trees.claim import FORMAT
 from funcavg.collectives import Solo, as_collective, launched_ranks
+from funcavg.collectives.blocks import block_of
 from funcavg.testing import run_ranks
 
 # Mistakes of a tree, a weight, `where` or `donate`: raised alike on every rank. Each row: what each rank passes, the
@@ -519,6 +520,23 @@ def test_a_launchers_environment_without_a_group(environment, text, monkeypatch)
     with pytest.raises(RuntimeError, match=f"average: group=None, but {text}(.|\n)*{cure}"):
         average({"w": 1.0})
     assert average({"w": 1.0}, Solo()) == {"w": 1.0}
+
+
+def test_a_torch_world_of_one_rank_among_several(monkeypatch):
+    """It may be a library's own; that it exists does not mean that the ranks are connected."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(RuntimeError, match=r"default group, which has one rank here, but torchrun has started 2: "):
+            average({"w": 1.0})
+        with pytest.raises(RuntimeError, match="torchrun has started 2"):
+            block_of(None, 1)
+        assert average({"w": 1.0}, dist.group.WORLD) == average({"w": 1.0}, Solo()) == {"w": 1.0}
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        assert average({"w": 1.0}) == {"w": 1.0}
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(

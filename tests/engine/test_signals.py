@@ -1,0 +1,249 @@
+"""Signal handlers run within a second wherever a call waits, and what they raise ends the call."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import mpi
+from helpers.processes import run_processes
+
+from funcavg import PeerLostError, _points, average, start_average
+
+LATE = 3.0  # seconds that the peer lets this rank wait
+SIGNAL = signal.SIGUSR2  # helpers.processes has another use for SIGUSR1
+
+
+class Preempted(Exception):
+    pass
+
+
+class Bell:
+    """Sends this process a signal soon; notes when it was sent, and when its handler ran."""
+
+    def __init__(self, *, raising=False):
+        self.sent = self.heard = 0.0
+        self.raising = raising
+
+    def __enter__(self):
+        self.before = signal.signal(SIGNAL, self.handle)
+        self.timer = threading.Timer(0.5, self.ring)
+        self.timer.start()
+        return self
+
+    def __exit__(self, *_):
+        self.timer.join()
+        signal.signal(SIGNAL, self.before)
+
+    def ring(self):
+        self.sent = time.monotonic()
+        os.kill(os.getpid(), SIGNAL)
+
+    def handle(self, *_):
+        self.heard = time.monotonic()
+        if self.raising:
+            raise Preempted("the scheduler wants the node")
+
+    def took(self):
+        return self.heard - self.sent if self.heard else float("inf")
+
+
+def tree_of(rank):
+    return {"large": torch.arange(600_000.0) + rank, "small": np.full(3, float(rank))}
+
+
+def is_mean(tree):
+    return bool(torch.equal(tree["large"], torch.arange(600_000.0) + 0.5) and (tree["small"] == 0.5).all())
+
+
+def is_unchanged(tree, rank):
+    return bool(torch.equal(tree["large"], torch.arange(600_000.0) + rank) and (tree["small"] == rank).all())
+
+
+def at_work():
+    """Return the names of functions in which threads of funcavg's own are busy."""
+    frames = sys._current_frames()
+    ours = [thread for thread in threading.enumerate() if thread.name.startswith("funcavg")]
+    return [frames[t.ident].f_code.co_name for t in ours if frames[t.ident].f_code.co_name != "_serve"]
+
+
+def here(rank, group):
+    """At the first step of a call."""
+    if rank == 1:
+        time.sleep(LATE)
+
+
+def within(rank, group):
+    """In the middle of a call: the peer is late with its second bucket."""
+    if rank == 1:
+
+        def reached(where, number=0):
+            if (where, number) == ("copied_in", 1):
+                _points.reached = lambda where, number=0: None
+                time.sleep(LATE)
+
+        _points.reached = reached
+
+
+def connecting(rank, group):
+    """The peer has met this rank in the store, and is slow to connect."""
+    if rank == 1:
+        from funcavg.collectives import connecting
+
+        class Slow:
+            distributed_c10d, DistError = dist.distributed_c10d, dist.DistError
+
+            def ProcessGroupGloo(self, *args):
+                time.sleep(LATE)
+                return dist.ProcessGroupGloo(*args)
+
+        connecting.dist = Slow()
+
+
+def scenario(rank, group, warm, obstacle, raising, call=average):
+    if warm:
+        call(tree_of(rank), group)
+    obstacle(rank, group)
+    tree = tree_of(rank)
+    if rank == 1:
+        try:
+            return is_mean(call(tree, group, timeout=4)), 0.0
+        except (PeerLostError, RuntimeError):
+            return raising, 0.0
+    with Bell(raising=raising) as bell:
+        if not raising:
+            return is_mean(call(tree, group)), bell.took()
+        with pytest.raises(Preempted, match="the scheduler wants the node"):
+            call(tree, group)
+        raised = time.monotonic() - bell.sent
+    assert is_unchanged(tree, rank)
+    if obstacle.__name__ not in ("connecting", "silent"):  # which touch no memory of the call's, and end by themselves
+        assert at_work() == []
+    words = r"this group is spent, since an earlier call on it was interrupted by a signal \(Preempted: the scheduler"
+    with pytest.raises(PeerLostError, match=words):
+        average(1.0, group)
+    return is_unchanged(tree, rank), max(bell.took(), raised)
+
+
+def over_gloo(rank, node, warm, obstacle, raising):
+    os.environ["FUNCAVG_NODE"] = node
+    return scenario(rank, dist.group.WORLD, warm, obstacle, raising)
+
+
+def over_mpi(comm, warm, obstacle, raising):
+    return scenario(comm.rank, comm, warm, obstacle, raising)
+
+
+def compiled(rank, raising):
+    os.environ["FUNCAVG_NODE"] = "off"
+    import jax
+    import jax.numpy as jnp
+
+    def call(tree, group, **options):
+        leaves = {key: jnp.asarray(np.asarray(leaf)) for key, leaf in tree.items()}
+        means = jax.jit(lambda tree: average(tree, group, **options))(leaves)
+        return {"large": torch.from_numpy(np.array(means["large"])), "small": np.asarray(means["small"])}
+
+    return scenario(rank, dist.group.WORLD, True, here, raising, call)
+
+
+def all_is_well(outcomes):
+    (right, took), (also, _) = outcomes
+    assert right
+    assert also
+    assert took < 1.0
+    return True
+
+
+@pytest.mark.parametrize("raising", [False, True])
+@pytest.mark.parametrize(
+    ("node", "warm", "obstacle"),
+    [("off", True, here), ("off", True, within), ("off", False, here), ("off", False, connecting), ("one", True, here)],
+    ids=["agreement", "bucket", "store", "connecting", "memory"],
+)
+def test_over_torch(node, warm, obstacle, raising):
+    assert all_is_well(run_processes(2, over_gloo, node, warm, obstacle, raising))
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("raising", [False, True])
+@pytest.mark.parametrize(("node", "warm"), [("off", True), ("off", False), ("one", True)])
+def test_over_mpi(node, warm, raising):
+    assert all_is_well(mpi.run_mpi(2, over_mpi, warm, here, raising, FUNCAVG_NODE=node))
+
+
+@pytest.mark.parametrize("raising", [False, True])
+def test_inside_jit(raising):
+    pytest.importorskip("jax")
+    assert all_is_well(run_processes(2, compiled, raising))
+
+
+SERVER = """
+import time, torch.distributed as dist
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+time.sleep(60)
+"""
+
+
+def silent_store(rank, port, pid, raising):
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.TCPStore("127.0.0.1", port, is_master=False), rank=rank, world_size=2)
+    average(1.0, dist.new_group())
+    group = dist.new_group()
+    dist.barrier()
+
+    def silent(rank, group):
+        if rank == 0:
+            os.kill(pid, signal.SIGSTOP)
+            subprocess.Popen(["sh", "-c", f"sleep {LATE}; kill -CONT {pid}"])
+        else:
+            time.sleep(1.0)
+
+    return scenario(rank, group, False, silent, raising)
+
+
+@pytest.mark.parametrize("raising", [False, True])
+def test_a_store_whose_server_is_silent(raising):
+    with subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True) as server:
+        try:
+            port = int(server.stdout.readline())
+            assert all_is_well(run_processes(2, silent_store, port, server.pid, raising))
+        finally:
+            server.kill()
+
+
+def in_the_background(rank):
+    """A wait for a handle that is interrupted can be repeated: the call goes on in its own thread."""
+    os.environ["FUNCAVG_NODE"] = "off"
+    average(1.0)
+    handle = start_average(tree_of(rank)) if rank == 0 else None
+    if rank == 1:
+        time.sleep(LATE)
+        return is_mean(average(tree_of(rank))), 0.0
+    with Bell(raising=True) as bell, pytest.raises(Preempted):
+        handle.wait()
+    return is_mean(handle.wait()), bell.took()
+
+
+def test_in_the_background():
+    assert all_is_well(run_processes(2, in_the_background))
+
+
+def other_threads_wait_themselves(rank):
+    os.environ["FUNCAVG_NODE"] = "off"
+    means = []
+    thread = threading.Thread(target=lambda: means.append(average(float(rank))))
+    thread.start()
+    thread.join()
+    return means, [t.name for t in threading.enumerate() if t.name.startswith("funcavg")]
+
+
+def test_threads_in_which_no_handler_runs_wait_themselves():
+    assert run_processes(2, other_threads_wait_themselves) == [([0.5], [])] * 2
