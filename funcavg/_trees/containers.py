@@ -7,17 +7,15 @@ to walk (Equinox modules, ``flax.struct``) is walked by JAX.
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import optree
 
-__all__ = ["ROOT", "Flat", "Spec", "combine", "flatten", "names", "paths", "unflatten"]
+from funcavg._trees.survey import ROOT, refuse_keys, survey_of
 
-ROOT = "params_tree"
+__all__ = ["ROOT", "Flat", "Spec", "combine", "flatten", "names", "paths", "unflatten"]
 
 Path = tuple[Any, ...]
 
@@ -27,6 +25,7 @@ class Spec(NamedTuple):
 
     outer: optree.PyTreeSpec
     inner: tuple[tuple[int, Any], ...] = ()  # (which leaf of it, JAX's PyTreeDef) of containers that JAX walks
+    order: tuple[int, ...] = ()  # where the leaves stand in optree's order, if ranks could not agree about that
 
 
 class Flat(NamedTuple):
@@ -46,46 +45,30 @@ class Flat(NamedTuple):
 
 def flatten(tree: Any) -> Flat:
     """Return the leaves of ``tree`` and the structure to rebuild it with."""
-    leaves, outer = optree.tree_flatten(tree)
-    found = ((where, dict(vars(_at(tree, where)))) for where in _ordered_dicts(outer))
+    try:
+        leaves, outer = optree.tree_flatten(tree)
+    except Exception:
+        refuse_keys(tree)  # else what has been raised is a container's own
+        raise
+    ordered_dicts, order = survey_of(outer)
+    found = ((where, dict(vars(_at(tree, where)))) for where in ordered_dicts)
     attributes = [(where, attributes) for where, attributes in found if attributes]
+    if order:
+        leaves = [leaves[i] for i in order]
     jax: Any = sys.modules.get("jax")
     foreign = set() if jax is None else {kind for kind in set(map(type, leaves)) if _may_be_walked_by_jax(kind)}
     if not foreign:
-        return Flat(leaves, Spec(outer), attributes)
+        return Flat(leaves, Spec(outer, (), order), attributes)
     everything: list[Any] = []
     inner: list[tuple[int, Any]] = []
     for i, leaf in enumerate(leaves):
         if type(leaf) in foreign and not jax.tree_util.all_leaves([leaf]):
-            found, treedef = jax.tree_util.tree_flatten(leaf)
-            everything += found
+            found_leaves, treedef = jax.tree_util.tree_flatten(leaf)
+            everything += found_leaves
             inner.append((i, treedef))
         else:
             everything.append(leaf)
-    return Flat(everything, Spec(outer, tuple(inner)), attributes)
-
-
-def _ordered_dicts(spec: optree.PyTreeSpec) -> Sequence[tuple[int, ...]]:
-    """Return where the OrderedDicts of a tree are: which child of which child.
-
-    Alone of all containers they have attributes of their own, and optree leaves these behind.
-    """
-    try:
-        return _known_ordered_dicts(spec)
-    except Exception:  # what a user's container keeps beside its children may be neither hashed nor compared
-        return list(_find_ordered_dicts(spec))
-
-
-@functools.lru_cache(maxsize=32)
-def _known_ordered_dicts(spec: optree.PyTreeSpec) -> Sequence[tuple[int, ...]]:
-    return list(_find_ordered_dicts(spec))
-
-
-def _find_ordered_dicts(spec: optree.PyTreeSpec) -> Iterator[tuple[int, ...]]:
-    if spec.type is OrderedDict:
-        yield ()
-    for i, child in enumerate(spec.children()):
-        yield from ((i, *where) for where in _find_ordered_dicts(child))
+    return Flat(everything, Spec(outer, tuple(inner), order), attributes)
 
 
 def _at(tree: Any, where: tuple[int, ...]) -> Any:
@@ -102,6 +85,8 @@ def unflatten(spec: Spec, leaves: Sequence[Any]) -> Any:
     """Rebuild a tree: the containers of ``spec``, key order kept, around ``leaves``."""
     if spec.inner:
         leaves = [whole if treedef is None else treedef.unflatten(whole) for treedef, whole in _by_leaf(spec, leaves)]
+    if spec.order:
+        leaves = [leaf for _, leaf in sorted(zip(spec.order, leaves, strict=True), key=lambda pair: pair[0])]
     return optree.tree_unflatten(spec.outer, leaves)
 
 
@@ -136,6 +121,8 @@ def names(spec: Spec) -> list[str]:
 
 def _extended(spec: Spec, outer: list[Any], extend: Any) -> list[Any]:
     """Return ``outer``, what is known of each leaf of the outer structure, for all leaves."""
+    if spec.order:
+        outer = [outer[i] for i in spec.order]
     if not spec.inner:
         return outer
     walked, extended = dict(spec.inner), []
@@ -150,5 +137,10 @@ def _extended(spec: Spec, outer: list[Any], extend: Any) -> list[Any]:
 
 
 def _plain_key(key: Any) -> Any:
-    """Return what one of JAX's key types holds."""
-    return next(getattr(key, name) for name in ("name", "idx", "key") if hasattr(key, name))
+    """Return what one of JAX's key types holds; a key of another type is itself, whatever attributes it has."""
+    tree_util = sys.modules["jax"].tree_util
+    if isinstance(key, tree_util.SequenceKey):
+        return key.idx
+    if isinstance(key, tree_util.GetAttrKey):
+        return key.name
+    return key.key if isinstance(key, (tree_util.DictKey, tree_util.FlattenedIndexKey)) else key

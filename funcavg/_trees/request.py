@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcavg._trees import containers
-from funcavg._trees.arrays import Family, Leaf, family_of
+from funcavg._trees.arrays import Family, Leaf, family_of, type_name
 from funcavg._trees.claim import Claim, digest
 from funcavg._trees.containers import Flat
 from funcavg._trees.options import Options, Where
@@ -166,11 +167,16 @@ def _layout_of(flat: Flat, only: frozenset[int] | None) -> Layout:
     except Exception:  # a leaf that cannot even say its shape: found again below, and named
         return _describe_all(flat, families, only)
     key = tuple(parts)
-    layout = _LAYOUTS.get(key)
+    layout = None
+    # What a container keeps beside its children, such as an array, may not let itself be hashed or compared.
+    with contextlib.suppress(Exception):
+        layout = _LAYOUTS.get(key)
     if layout is None:
-        layout = _LAYOUTS[key] = _describe_all(flat, families, only)
-        while len(_LAYOUTS) > LAYOUTS:
-            _LAYOUTS.popitem(last=False)
+        layout = _describe_all(flat, families, only)
+        with contextlib.suppress(Exception):
+            _LAYOUTS[key] = layout
+            while len(_LAYOUTS) > LAYOUTS:
+                _LAYOUTS.popitem(last=False)
     return layout
 
 
@@ -183,8 +189,12 @@ def _describe_all(flat: Flat, families: list[Family], only: frozenset[int] | Non
             continue
         try:
             described = family.describe(leaf)
-        except Exception as error:
+        except TypeError as error:
             bad.append(f"{names[i]} is a {error}")
+            continue
+        except Exception as error:  # the framework's own words: what they ask for is not what is needed here
+            reason = str(error).strip().partition("\n")[0].partition(" Please ")[0]
+            bad.append(f"{names[i]} is a {type_name(leaf)} that cannot be read ({type(error).__name__}: {reason})")
             continue
         lines.append(f"{names[i]}: {described.text}")
         if described.element is not None:

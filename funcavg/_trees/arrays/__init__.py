@@ -6,9 +6,12 @@ should. A new kind of array is a file with a `Family`, and a row in `_find_famil
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import io
 import sys
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import numpy as np
@@ -16,7 +19,17 @@ import numpy as np
 from funcavg._trees.arrays.base import Family, Leaf, type_name
 from funcavg._trees.arrays.numpy import Integers, NumpyArrays, Scalars, StandIn, StandIns, is_averaged
 
-__all__ = ["Family", "Leaf", "StandIn", "family_of", "is_dtensor", "is_jax", "wrap_local_tensor", "zeros_like"]
+__all__ = [
+    "Family",
+    "Leaf",
+    "StandIn",
+    "family_of",
+    "is_dtensor",
+    "is_jax",
+    "type_name",
+    "wrap_local_tensor",
+    "zeros_like",
+]
 
 
 class _Unsupported(Family):
@@ -30,10 +43,34 @@ class _Unsupported(Family):
         if torch is not None and isinstance(leaf, torch.nn.Module):
             cure = "pass dict(module.named_parameters()) or module.state_dict()"
             raise TypeError(f"{type(leaf).__name__}, a torch.nn.Module ({cure})")
-        if hasattr(leaf, "__next__"):
-            raise TypeError(f"{type(leaf).__name__}, which can be read only once (pass list(...) of it)")
+        if cure := _cure(leaf):
+            raise TypeError(f"{type_name(leaf)}, {cure}")
         shown = repr(leaf)
         raise TypeError(f"{type_name(leaf)}: {shown if len(shown) <= 60 else shown[:57] + '...'}")
+
+
+def _cure(leaf: Any) -> str:
+    """Say what can be done about a container or an array of a kind that is not known; "" if there is nothing to say."""
+    if isinstance(leaf, io.IOBase):
+        return "which holds bytes, as the extra state of a module does (leave it out with where=)"
+    if isinstance(leaf, Mapping):
+        return "a mapping whose type is not registered (pass dict(...) of it, or register the type with optree or JAX)"
+    if dataclasses.is_dataclass(leaf):
+        return (
+            "a dataclass that is not registered (register it with jax.tree_util.register_dataclass or "
+            "optree.register_pytree_node, or pass vars(...) of it)"
+        )
+    if isinstance(leaf, (KeysView, ValuesView, ItemsView)):
+        return "a view of a dict (pass list(...) of it, or the dict)"
+    if isinstance(leaf, AbstractSet):
+        return "a set, whose order ranks cannot agree about (pass a sorted list)"
+    if isinstance(leaf, Iterator):
+        return "which can be read only once (pass list(...) of it)"
+    if hasattr(leaf, "to_numpy"):
+        return "which averages as the array that it holds (pass its to_numpy())"
+    if hasattr(leaf, "__array__") or hasattr(leaf, "__dlpack__"):
+        return "an array of another library (pass numpy.asarray(...) of it)"
+    return ""
 
 
 _FAMILIES: dict[type, Family] = {}  # by exact type, filled as types are met

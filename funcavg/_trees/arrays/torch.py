@@ -32,10 +32,13 @@ class Tensors(Family):
         dtype, name = leaf.dtype, str(leaf.dtype).removeprefix("torch.")
         if type(leaf) not in (torch.Tensor, torch.nn.Parameter):
             raise TypeError(f"tensor subclass {type_name(leaf)}")
+        if leaf.is_nested:
+            raise TypeError(f"nested tensor of dtype {name} (pass list(leaf.unbind()), or leaf.to_padded_tensor(0))")
         if leaf.layout != torch.strided:
-            raise TypeError(f"{str(leaf.layout).removeprefix('torch.')} tensor of dtype {name}")
+            raise TypeError(f"{str(leaf.layout).removeprefix('torch.')} tensor of dtype {name} (pass leaf.to_dense())")
         if leaf.is_quantized or name == "float4_e2m1fn_x2":
-            raise TypeError(f"quantised tensor of dtype {name}")
+            cure = " (pass leaf.dequantize())" if leaf.is_quantized else ""
+            raise TypeError(f"quantised tensor of dtype {name}{cure}")
         if leaf.device.type == "meta":
             raise TypeError(f"meta tensor of dtype {name}, which has no values")
         text, part = f"{name}{list(leaf.shape)}", part_of(leaf)
