@@ -85,7 +85,8 @@ def _comparable(keys: Sequence[Any]) -> bool:
     by_type: Any = lambda key: (f"{type(key).__module__}.{type(key).__qualname__}", key)  # noqa: E731  # as optree does
     for order in (None, by_type):
         with contextlib.suppress(Exception):
-            return sorted(keys, key=order) == sorted(keys[::-1], key=order)
+            other_way = list(keys)[::-1]
+            return sorted(keys, key=order) == sorted(other_way, key=order)
     return False
 
 
