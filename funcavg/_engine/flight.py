@@ -9,6 +9,8 @@ import sys
 import threading
 import warnings
 import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Generic, TypeVar, cast
 
 from funcavg._compile import not_compiled
@@ -67,8 +69,14 @@ class Handle(Generic[T]):
 class Flight:
     """The background of one call. It holds the session, which has been entered, until it is waited for or abandoned."""
 
-    def __init__(self, request: Request, collective: Collective) -> None:
+    def __init__(
+        self,
+        request: Request,
+        collective: Collective,
+        inside: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> None:
         self._request, self._collective, self._session = request, collective, session_of(collective)
+        self._inside = inside  # what the work must be done in
         self._outcome: Any = None  # the tree, or the exception
         torch = sys.modules.get("torch")
         inference = torch is not None and torch.is_inference_mode_enabled()
@@ -84,7 +92,7 @@ class Flight:
 
     def _fly(self) -> None:
         try:
-            with self._mode():  # of the caller's thread
+            with self._inside(), self._mode():  # that of the caller's thread
                 self._given.wait()
                 results = carry_out(self._request, self._collective)
                 self._outcome = self._request.rebuild(results)

@@ -1,7 +1,8 @@
 """The ways in which an average is called: each says whether a call is its own, and carries it out.
 
 Over an axis name of JAX's (`axis.py`); over replicas that this process holds (`replicas.py`); while JAX traces
-(`jax.py`); under torch's transforms, and where gradients are recorded (`torch.py`); and plainly (`plain.py`).
+(`jax.py`); under torch's transforms, and where gradients are recorded (`torch.py`); and plainly (`plain.py`). While
+torch records a program (`recorders.py`) it is refused.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from funcavg._engine import Handle
-from funcavg._transforms import axis, jax, plain, replicas, torch
+from funcavg._transforms import axis, jax, plain, recorders, replicas, torch
 from funcavg._transforms.axis import is_axis
 from funcavg._transforms.call import Call
 from funcavg._transforms.jax import is_traced
@@ -34,7 +35,7 @@ class Way(Protocol):
         ...
 
 
-_WAYS: tuple[Way, ...] = (axis, replicas, jax, torch, plain)
+_WAYS: tuple[Way, ...] = (axis, recorders, replicas, jax, torch, plain)
 
 
 def way_of(call: Call) -> Way:

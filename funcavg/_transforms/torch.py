@@ -58,10 +58,8 @@ def average(call: Call) -> Any:
     collective = call.collective
     assert collective is not None
     probe, everything = call.request(wrapped=True), call.flat.leaves
-    if call.options.donate and probe.claim.error is None:
-        refusal = ValueError(
-            "donate=True under torch.func transforms, or where gradients are recorded. Pass donate=False."
-        )
+    refusal = _refusal(call)
+    if refusal is not None and probe.claim.error is None:
         probe = probe._replace(claim=probe.claim._replace(error=refusal))
     if probe.layout is None or probe.claim.error is not None:
         with session_of(collective).entered(call.who):
@@ -80,6 +78,23 @@ def average(call: Call) -> Any:
     for i, other in step.others.items():
         results[i] = other
     return call.flat.rebuild(results)
+
+
+def _refusal(call: Call) -> Exception | None:
+    """Return what is wrong with a call here that would be fine elsewhere."""
+    import torch
+
+    if call.options.donate:
+        return ValueError(
+            "donate=True under torch.func transforms, or where gradients are recorded. Pass donate=False."
+        )
+    several_threads = getattr(call.collective, "is_of_threads", False) and getattr(call.collective, "size", 1) > 1
+    if several_threads and torch.autograd.forward_ad._current_level >= 0:
+        return RuntimeError(
+            "forward mode (jvp, jacfwd, hessian) over ranks that are threads: torch has one level of tangents for all "
+            "of a process, and would mix up those of the ranks. Run ranks as processes, or take vjp and jacrev."
+        )
+    return None
 
 
 def _kinds(tensors: Sequence[Any]) -> list[tuple[Any, ...]]:

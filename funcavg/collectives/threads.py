@@ -73,6 +73,7 @@ class Threads:
     """One rank of a group of threads."""
 
     stops_on_error = True  # every thread writes to its own buffers only
+    is_of_threads = True  # which share what a framework has once for a process
 
     def __init__(self, rank: int, meeting: Meeting) -> None:
         self.rank, self.size = rank, meeting.size

@@ -1,0 +1,89 @@
+"""Calls while torch records a program, or only pretends to run it: refused, on every rank.
+
+An average reads and writes memory itself. make_fx and ``torch.jit.trace`` would leave it out of what they record;
+under fake tensors there is no memory; and transports are made of tensors, which such modes take for their own.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from funcavg._engine import Flight, Handle, carry_out, session_of
+from funcavg._transforms.call import Call
+from funcavg._trees import failed_request
+
+__all__ = ["average", "start", "takes"]
+
+MODES = {  # of torch's, by their classes' names
+    "ProxyTorchDispatchMode": "make_fx, or torch.export",
+    "FakeTensorMode": "fake tensors, or torch.export",
+    "FunctionalTensorMode": "a mode that functionalizes, or torch.export",
+}
+
+
+def takes(call: Call) -> bool:
+    """Take whatever is averaged while torch records."""
+    return bool(_recorder()) and call.collective is not None
+
+
+def average(call: Call) -> Any:
+    """Raise on every rank."""
+    collective, request = call.collective, failed_request(RuntimeError(_words()), call.options)
+    assert collective is not None
+    with _not_recorded(), session_of(collective).entered(call.who):
+        return carry_out(request, collective)
+
+
+def start(call: Call) -> Handle[Any]:
+    """Raise on every rank, when it is waited for."""
+    collective, request = call.collective, failed_request(RuntimeError(_words()), call.options)
+    assert collective is not None
+    session_of(collective).enter(call.who)
+    return Handle(None, Flight(request, collective, _not_recorded))
+
+
+def _words() -> str:
+    return (
+        f"this is run under {_recorder()}, which would leave an average out of what it records, or has no values to "
+        f"average. Average outside of it"
+    )
+
+
+def _recorder() -> str:
+    """Return what records, "" if nothing does. Private to torch; tested with release 2.13."""
+    torch: Any = sys.modules.get("torch")
+    if torch is None:
+        return ""
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace"
+    if torch._C._len_torch_dispatch_stack():
+        stack = sys.modules["torch.utils._python_dispatch"]._get_current_dispatch_mode_stack()
+        found = [MODES[type(mode).__name__] for mode in stack if type(mode).__name__ in MODES]
+        if found:
+            return found[-1]
+    if torch._C._are_functorch_transforms_active():
+        functorch = torch._C._functorch
+        levels = functorch.get_interpreter_stack() or ()
+        if any(level.key() == functorch.TransformType.Functionalize for level in levels):
+            return "torch.func.functionalize"
+    return ""
+
+
+@contextmanager
+def _not_recorded() -> Iterator[None]:
+    """Let torch do what follows: ranks tell each other by tensors, too."""
+    torch: Any = sys.modules["torch"]
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        with ExitStack() as without:
+            without.enter_context(sys.modules["torch.utils._python_dispatch"]._disable_current_modes())
+            if torch._C._are_functorch_transforms_active():
+                functorch: Any = sys.modules["torch._functorch.pyfunctorch"]
+                without.enter_context(functorch.temporarily_clear_interpreter_stack())
+            yield
+    finally:
+        torch._C._set_tracing_state(state)
