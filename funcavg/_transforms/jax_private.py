@@ -36,6 +36,7 @@ class _Private(NamedTuple):
     abstract_token: Any
     token_set: Any
     tokens: Any  # what runs in program order waits for
+    not_a_number: Any  # what jax_debug_nans and jax_debug_infs raise first
 
 
 def _private() -> _Private:
@@ -43,7 +44,7 @@ def _private() -> _Private:
     import jax
 
     try:
-        from jax._src import callback, core, dispatch, effects, ffi
+        from jax._src import api_util, callback, core, dispatch, effects, ffi
         from jax._src.interpreters import mlir, pxla
 
         return _Private(
@@ -55,6 +56,7 @@ def _private() -> _Private:
             core.abstract_token,
             mlir.TokenSet,
             dispatch.runtime_tokens,
+            api_util.InternalFloatingPointError,
         )
     except (ImportError, AttributeError) as error:
         raise RuntimeError(
@@ -170,6 +172,14 @@ def _run_programs_at_once(private: _Private, effect: type) -> Callable[[Run], Ru
             failures.remove(earlier)
         try:
             return jax.block_until_ready(execute(self, *args))
+        except private.not_a_number as error:
+            # JAX would run the program again, op by op, to find out where; the ranks would average twice.
+            private.tokens.clear()
+            raise FloatingPointError(
+                f"{error.ty} in a result of a compiled program that averages over a group of processes. It is not run "
+                f"again op by op, to find out where, since the other ranks would not come a second time. Look for it "
+                f"with jax.experimental.checkify, or average outside of jit."
+            ) from None
         except jax.errors.JaxRuntimeError as error:
             private.tokens.clear()  # else whatever comes next would fail with this error
             for thread, failure in reversed(failures):

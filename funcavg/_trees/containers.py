@@ -116,7 +116,8 @@ def paths(spec: Spec) -> list[Path]:
 def names(spec: Spec) -> list[str]:
     """Return every leaf as one would write it, such as ``params_tree['layer1']['weight']``."""
     outer = [accessor.codify(ROOT) for accessor in spec.outer.accessors()]
-    return _extended(spec, outer, lambda name, keys: name + sys.modules["jax"].tree_util.keystr(keys))
+    whole = _extended(spec, outer, lambda name, keys: name + sys.modules["jax"].tree_util.keystr(keys))
+    return [" ".join(name.splitlines()) for name in whole]  # whatever a key of one's own shows: they are lines
 
 
 def _extended(spec: Spec, outer: list[Any], extend: Any) -> list[Any]:

@@ -369,3 +369,65 @@ def test_a_traced_weight_keeps_its_precision():
             return np.asarray(compiled).tobytes() == np.asarray(average(x, group, weight=float(weight))).tobytes()
 
     assert run_ranks(2, fn) == [True, True]
+
+
+@pytest.mark.parametrize("option", ["jax_debug_nans", "jax_debug_infs"])
+def test_under_debug_nans_no_average_happens_twice(option):
+    """JAX would run a program with a NaN in it again, op by op, and average once more than the other ranks."""
+    bad = {"jax_debug_nans": -1.0, "jax_debug_infs": 0.0}[option]  # whose logarithm is NaN, or -inf
+    before = getattr(jax.config, option)
+    jax.config.update(option, True)
+
+    def fn(group):
+        step = jax.jit(lambda p, x: (average(p, group, timeout=20), jnp.log(x)))
+        nested = jax.jit(lambda p, x: (step(p, x)[0], jnp.log(x)))
+        slope = jax.jit(jax.grad(lambda p, x: average(p, group, timeout=20) * jnp.log(x)))
+        seen = []
+        for program in (step, nested, slope):
+            for i in range(3):
+                try:
+                    x = bad if (group.rank, i) == (1, 0) else 1
+                    result = program(jnp.float32(10 * i + group.rank), jnp.float32(x))
+                    seen.append(jnp.asarray(result[0] if isinstance(result, tuple) else result).item())
+                except FloatingPointError as error:
+                    seen.append(str(error).partition(" in a result of a compiled program that averages")[0])
+        return seen
+
+    try:
+        one, other = run_ranks(2, fn)
+    finally:
+        jax.config.update(option, before)
+    assert one[:6] == [0.5, 10.5, 20.5] * 2
+    assert other[:6] == [option[10:13], 10.5, 20.5] * 2
+    assert other[6] in ("nan", "inf")
+    assert one[7:] == other[7:] == [0.0, 0.0]
+
+
+def test_checkify_finds_a_nan_beside_an_average():
+    from jax.experimental import checkify
+
+    def fn(group):
+        checked = jax.jit(checkify.checkify(lambda p, x: (average(p, group), jnp.log(x)), errors=checkify.nan_checks))
+        said = []
+        for i in range(2):
+            error, (mean, _) = checked(jnp.float32(group.rank), jnp.float32(-1.0 if (group.rank, i) == (1, 0) else 1.0))
+            said.append((mean.item(), bool(error.get())))
+        return said
+
+    assert run_ranks(2, fn) == [[(0.5, False), (0.5, False)], [(0.5, True), (0.5, False)]]
+
+
+@pytest.mark.parametrize("option", ["jax_debug_nans", "jax_debug_infs"])
+def test_outside_of_programs_debug_nans_looks_at_no_average(option):
+    before = getattr(jax.config, option)
+    jax.config.update(option, True)
+    try:
+        diverged = np.array([np.nan, np.inf], np.float32)
+        assert str(average(jax.device_put(diverged), Solo()).tolist()) == "[nan, inf]"
+        with jax.disable_jit():
+            assert run_ranks(2, lambda group: jax.jit(lambda x: average(x, group))(jnp.float32(group.rank)).item()) == [
+                0.5,
+                0.5,
+            ]
+    finally:
+        jax.config.update(option, before)
