@@ -175,8 +175,11 @@ def _memory() -> dict[str, str]:
 
 
 def _open(pid: str, descriptor: str, nonce: str) -> dict[str, str]:
-    if open_segment(Address(int(pid), int(descriptor), bytes.fromhex(nonce))) is None:
-        raise OSError(f"/proc/{pid}/fd/{descriptor} cannot be opened: /proc is closed to this user's own processes")
+    try:
+        open_segment(Address(int(pid), int(descriptor), bytes.fromhex(nonce)))
+    except OSError as error:
+        why = f"/proc is closed to this user's own processes ({error})"
+        raise OSError(f"/proc/{pid}/fd/{descriptor} cannot be opened: {why}") from error
     return {}
 
 

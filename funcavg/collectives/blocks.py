@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from datetime import timedelta
 from typing import Any
 
 from funcavg.collectives import as_collective, default_group
@@ -49,7 +50,10 @@ def _make(group: Any, collective: Any, members: range) -> Any:
         group = group.get_group() if isinstance(group, mesh) else group
         if isinstance(group, dist.ProcessGroup):
             ranks = dist.get_process_group_ranks(group)
-            return dist.new_group([ranks[member] for member in members], use_local_synchronization=True)
+            seconds = collective.timeout  # else the block would have torch's default, not its parent's
+            timeout = None if seconds is None else timedelta(seconds=seconds)
+            block = [ranks[member] for member in members]
+            return dist.new_group(block, timeout=timeout, use_local_synchronization=True)
     raise TypeError(
         f"hierarchical: numbers of ranks need a torch process group, an mpi4py communicator or the group of run_ranks, "
         f"got {group!r}. Map periods to groups instead."

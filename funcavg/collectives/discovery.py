@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -84,12 +85,12 @@ def discover(transport: Rows, timeout: float) -> Node | None:
             pidfd = watch(address.pid)  # first, lest it watch a process that has only reused the number
             if pidfd is not None:
                 pidfds[peer] = pidfd
-            descriptor = open_segment(address)
-            if descriptor is not None:
-                descriptors.callback(os.close, descriptor)
-                opened[peer] = descriptor
+            try:
+                opened[peer] = open_segment(address)
+            except OSError as error:
+                why = f"rank {peer}'s memory is out of reach ({_words(error)})"
             else:
-                why = f"rank {peer}'s memory is out of reach (another user's, or another container's)"
+                descriptors.callback(os.close, opened[peer])
         mine = np.array([peer in opened or peer == transport.rank for peer in range(transport.size)], np.uint8)
         answers = transport.gather(np.packbits(mine).tobytes(), timeout)  # round 2
         bits = [np.unpackbits(np.frombuffer(answer, np.uint8), count=transport.size) for answer in answers]
@@ -99,7 +100,7 @@ def discover(transport: Rows, timeout: float) -> Node | None:
         try:
             memory = _attach(transport.rank, nodes, slot, segment, opened)
         except OSError as error:  # no room for slots
-            why = f"off on this rank: {type(error).__name__}: {error}"
+            why = f"off on this rank: {_words(error)}"
         fine = [answer == b"\1" for answer in transport.gather(bytes([bool(memory)]), timeout)]  # round 3
         _points.reached("attached")
         attached = [members for members in nodes if all(fine[rank] for rank in members)]
@@ -120,6 +121,16 @@ def discover(transport: Rows, timeout: float) -> Node | None:
     return node if shared else None
 
 
+def _words(error: OSError) -> str:
+    """Return what an error says, and what it means where that is known."""
+    said = f"{type(error).__name__}: {error}"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"{said}. Raise the limit of open files: while ranks meet, each of a host takes two"
+    if error.errno in (errno.ENOENT, errno.EACCES, errno.EPERM):
+        return f"{said}: another user's, or another container's"
+    return said
+
+
 def _close_all(descriptors: Mapping[int, int]) -> None:
     for descriptor in descriptors.values():
         os.close(descriptor)
@@ -132,7 +143,7 @@ def _create() -> tuple[Segment | None, str]:
     try:
         return Segment(), ""
     except (AttributeError, OSError) as error:
-        return None, f"off on this rank: {type(error).__name__}: {error}"
+        return None, f"off on this rank: {_words(error) if isinstance(error, OSError) else repr(error)}"
 
 
 def _describe(segment: Segment | None) -> bytes:

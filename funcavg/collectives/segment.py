@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import weakref
 from typing import Any, NamedTuple
@@ -59,19 +60,16 @@ class Segment:
             os.close(self.descriptor)
 
 
-def open_segment(address: Address) -> int | None:
-    """Return a descriptor of a peer's segment, None if it cannot be reached or is not what it should be."""
+def open_segment(address: Address) -> int:
+    """Return a descriptor of a peer's segment; OSError if it cannot be reached, or is not what it should be."""
     path = f"/proc/{address.pid}/fd/{address.descriptor}"
-    try:
-        # pathlib would be a sixth of what `import funcavg` takes
-        if not os.readlink(path).startswith(f"/memfd:{_name(address.nonce)}"):  # noqa: PTH115
-            return None
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:
-        return None
+    # pathlib would be a sixth of what `import funcavg` takes
+    if not os.readlink(path).startswith(f"/memfd:{_name(address.nonce)}"):  # noqa: PTH115
+        raise FileNotFoundError(errno.ENOENT, "another process has this number here", path)
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     if os.fstat(descriptor).st_uid != os.geteuid():
         os.close(descriptor)
-        return None
+        raise PermissionError(errno.EPERM, "it is another user's", path)
     return descriptor
 
 

@@ -63,6 +63,12 @@ def collective_of(group: Any) -> TorchCollective | None:
             f"{group!r}. Make a new one with init_process_group or new_group."
         )
     if collective is None:
+        if group.size() > 1 and type(group) is dist.ProcessGroup and dist.get_backend(group) == "fake":
+            raise ValueError(
+                f"average: the backend of this group is torch's 'fake', which moves nothing: rank {group.rank()} has "
+                f"none of the {group.size() - 1} other ranks to average with. To try a program alone, pass "
+                f"group=funcavg.collectives.Solo(); for several ranks in one process, use funcavg.testing.run_ranks."
+            )
         collective = _COLLECTIVES[group] = TorchCollective(group)
     return collective
 
@@ -74,6 +80,19 @@ def _known_groups() -> dict[Any, Any]:
     """Return {group: (backend, store)}. Private to torch; tested with release 2.13."""
     groups: dict[Any, Any] = dist.distributed_c10d._world.pg_map
     return groups
+
+
+def _timeout_of(group: Any) -> float | None:
+    """Return a group's timeout unless torch would have chosen it. Partly private to torch; tested with release 2.13."""
+    try:
+        backends = dict(part.split(":") for part in dist.get_backend_config(group).split(",") if ":" in part)
+        private: Any = dist.distributed_c10d
+        # Where all is NCCL's, it is NCCL's; a group that also serves the host has the general one.
+        default = private._get_default_timeout("nccl" if set(backends.values()) == {"nccl"} else "gloo")
+        timeouts = [group._get_backend(torch.device(kind)).options._timeout for kind in backends]
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # destroyed, or a release or a backend without it
+        return None
+    return next((float(timeout.total_seconds()) for timeout in timeouts if timeout != default), None)
 
 
 class TorchCollective(Rows):
@@ -95,6 +114,12 @@ class TorchCollective(Rows):
 
     def __repr__(self) -> str:
         return f"<rank {self.rank} of {self.size} of a torch process group>"
+
+    @property
+    def timeout(self) -> float | None:
+        """The group's own timeout in seconds, if its user has set one; None if it is torch's default, or unknown."""
+        group = self._group()
+        return None if group is None or self.in_callers_thread else _timeout_of(group)
 
     @property
     def stops_on_error(self) -> bool:

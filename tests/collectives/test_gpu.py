@@ -3,11 +3,14 @@
 Two ranks may share one GPU here: over NCCL as if on two hosts, over MPI in memory that the host can read as well.
 """
 
+import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -195,6 +198,42 @@ def test_nccl_is_left_alone_where_nothing_is_under_way():
     verbs.average(torch.ones(3), 5.0)()
     owner.abort()
     assert not aborted
+
+
+def test_signals_are_handled_while_nccl_connects():
+    """In its first collective, inside the library; here inside another one, which lets no handler run either."""
+
+    class Preempted(Exception):
+        pass
+
+    def connect(*_):
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 6_000_000)
+        return Work(over=True)
+
+    def handle(*_):
+        heard.append(time.monotonic())
+        if len(heard) == 2:
+            raise Preempted
+
+    heard, before = [], signal.signal(signal.SIGUSR2, handle)
+    try:
+        for call in (1, 2):
+            verbs, _, aborted = nccl_of()
+            verbs._group.allreduce = connect
+            sent = time.monotonic() + 0.3
+            timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR2))
+            timer.start()
+            if call == 1:
+                verbs.average(torch.ones(3), 5.0)()
+            else:
+                with pytest.raises(Preempted):
+                    verbs.average(torch.ones(3), 5.0)
+                assert time.monotonic() - sent < 1.0
+            assert heard[-1] - sent < 0.5
+            assert bool(aborted) == (call == 2)
+            timer.join()
+    finally:
+        signal.signal(signal.SIGUSR2, before)
 
 
 def test_the_next_call_waits_for_the_stream_of_the_last(monkeypatch):

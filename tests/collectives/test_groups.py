@@ -1,8 +1,12 @@
 """With whom: what can be passed as ``group`` over torch.distributed."""
 
 import os
+import re
+import subprocess
+import sys
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +16,8 @@ from helpers.processes import run_processes
 
 from funcavg import PeerLostError, average, start_average
 from funcavg.collectives import Solo, as_collective
-from funcavg.collectives.torch import TorchCollective
+from funcavg.collectives.blocks import block_of
+from funcavg.collectives.torch import TorchCollective, _timeout_of
 
 
 def subgroups(rank):
@@ -203,3 +208,171 @@ def shard_and_dtensor(rank):
 def test_a_dtensor_and_its_own_shard_are_not_ties():
     expected = [("DTensor", [0.5] * 3), ("Tensor", [0.5] * 3)]
     assert run_processes(2, shard_and_dtensor) == [expected, expected]
+
+
+def own_timeouts(rank):
+    """What a user has set is the collective's, and what `hierarchical` makes of a group has it, too."""
+    seen = [as_collective().timeout]
+    for options in (
+        {},
+        {"timeout": timedelta(minutes=30)},
+        {"timeout": timedelta(hours=2)},
+        {"timeout": timedelta(0, 7)},
+    ):
+        group = dist.new_group(**options)
+        collective = as_collective(group)
+        seen.append((collective.timeout, as_collective(block_of(group, 2)).timeout))
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=9), group)
+    seen.append(collective.timeout)
+    dist.destroy_process_group(group)
+    return [*seen, collective.timeout]
+
+
+def test_a_groups_own_timeout():
+    expected = [None, (None, None), (None, None), (7200.0, 7200.0), (7.0, 7.0), 9.0, None]
+    assert run_processes(4, own_timeouts) == [expected] * 4
+
+
+@pytest.mark.parametrize(
+    ("config", "minutes", "seconds"),
+    [
+        ("cuda:nccl", 10, None),
+        ("cuda:nccl", 30, 1800.0),
+        ("cpu:gloo,cuda:nccl", 30, None),
+        ("cpu:gloo,cuda:nccl", 10, 600.0),
+        ("cpu:gloo", 10, 600.0),
+    ],
+)
+def test_the_default_timeout_depends_on_the_backend(monkeypatch, config, minutes, seconds):
+    """NCCL's is ten minutes, all others' thirty. (A stand-in: this torch may have no NCCL.)"""
+    group = SimpleNamespace(
+        _get_backend=lambda device: SimpleNamespace(options=SimpleNamespace(_timeout=timedelta(minutes=minutes)))
+    )
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: config)
+    defaults = {"nccl": timedelta(minutes=10), "gloo": timedelta(minutes=30)}
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_timeout", defaults.get)
+    assert _timeout_of(group) == seconds
+
+
+def no_timeout_to_be_had(rank, path):
+    group = Foreign(dist.ProcessGroupGloo(dist.FileStore(path, 2), rank, 2, timedelta(seconds=20)))
+    return as_collective(group).timeout
+
+
+def test_a_group_that_does_not_say_its_timeout(tmp_path):
+    assert run_processes(2, no_timeout_to_be_had, str(tmp_path / "store")) == [None, None]
+
+
+class Plain(dist.Store):
+    """A store of a user's own, which cannot be cloned."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def set(self, key, value):
+        return self.inner.set(key, value)
+
+    def get(self, key):
+        return self.inner.get(key)
+
+    def add(self, key, amount):
+        return self.inner.add(key, amount)
+
+    def check(self, keys):
+        return self.inner.check(keys)
+
+    def wait(self, *args):
+        return self.inner.wait(*args)
+
+
+def in_a_store_of_ones_own(rank, path):
+    dist.destroy_process_group()
+    store = Plain(dist.FileStore(path, 2))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    return average(np.full(3, float(rank)), timeout=20).tolist()
+
+
+def test_a_store_without_clone(tmp_path):
+    assert run_processes(2, in_a_store_of_ones_own, str(tmp_path / "store")) == [[0.5] * 3] * 2
+
+
+FAKE = """
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from funcavg import average
+from funcavg.collectives import Solo
+dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+assert average(1.0, Solo()) == 1.0
+try:
+    average(1.0, timeout=5)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_fake_group_is_refused():
+    done = subprocess.run([sys.executable, "-c", FAKE], capture_output=True, text=True, check=False, timeout=60)
+    assert "torch's 'fake', which moves nothing: rank 0 has none of the 3 other ranks" in done.stdout, done.stderr
+
+
+def no_such_interface(rank):
+    group = dist.new_group()
+    if rank == 1:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo,eth999"
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError) as caught:
+        average(1.0, group, timeout=20)
+    assert time.monotonic() - begin < 5
+    assert not isinstance(caught.value, PeerLostError)
+    with pytest.raises(PeerLostError, match="this group is spent"):
+        average(1.0, group)
+    return str(caught.value)
+
+
+def test_an_interface_that_one_host_does_not_have():
+    """It is raised on every rank, in the same words: nobody is lost."""
+    said = run_processes(3, no_such_interface)
+    assert len(set(said)) == 1
+    words = (
+        r"average: rank 1: GLOO_SOCKET_IFNAME is 'lo,eth999', of which Gloo says: .*Unable to find address for: eth999"
+        r"\. The interfaces of this rank's host are .*lo.*: name one of them"
+    )
+    assert re.match(words, said[0]), said[0]
+
+
+def no_descriptors(rank):
+    """Rank 0 has none left when it is to connect."""
+    import resource
+
+    group = dist.new_group()
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    if rank == 1:
+        with pytest.raises(PeerLostError):
+            average(1.0, group, timeout=3)
+        return "lost"
+    from funcavg.collectives import connecting
+
+    make, limits = dist.ProcessGroupGloo, resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def with_few(*args):
+        few = os.dup(0)
+        os.close(few)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few, limits[1]))
+        try:
+            return make(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+    with_few.create_device = make.create_device
+    connecting.dist = SimpleNamespace(**vars(dist) | {"ProcessGroupGloo": with_few})
+    with pytest.raises(RuntimeError) as caught:
+        average(1.0, group, timeout=3)
+    assert not isinstance(caught.value, PeerLostError), caught.value
+    return str(caught.value)
+
+
+def test_descriptors_that_have_run_out_are_no_lost_peer():
+    said, lost = run_processes(2, no_descriptors)
+    assert lost == "lost"
+    assert re.match(r"average: rank 0 of 2 has no file descriptors left .*Too many open files.*`ulimit -n`", said), said

@@ -4,6 +4,7 @@ import itertools
 import logging
 import multiprocessing
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from helpers.frameworks import dist, skip_without, torch
 from helpers.processes import run_processes
 from helpers.trees import assert_is_mean, bits
 
-from funcavg import average, start_average
+from funcavg import _points, average, start_average
 from funcavg._engine.node_lane import weights_by_node
 from funcavg._engine.session import session_of
 from funcavg.collectives import as_collective, discovery
@@ -133,12 +134,14 @@ def test_a_segment_is_opened_by_those_who_know_it_only():
     segment = Segment()
     try:
         address = segment.address
-        descriptor = open_segment(address)
-        assert descriptor is not None
-        os.close(descriptor)
-        assert open_segment(Address(address.pid, address.descriptor, b"\0" * 8)) is None
-        assert open_segment(Address(address.pid, 0, address.nonce)) is None
-        assert open_segment(Address(2**22 + 1, 3, address.nonce)) is None
+        os.close(open_segment(address))
+        for stranger in (
+            Address(address.pid, address.descriptor, b"\0" * 8),
+            Address(address.pid, 0, address.nonce),
+            Address(2**22 + 1, 3, address.nonce),
+        ):
+            with pytest.raises(FileNotFoundError):
+                open_segment(stranger)
     finally:
         segment.close()
 
@@ -147,7 +150,8 @@ def test_a_segment_of_another_user_is_left_alone(monkeypatch):
     segment = Segment()
     try:
         monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-        assert open_segment(segment.address) is None
+        with pytest.raises(PermissionError, match="another user's"):
+            open_segment(segment.address)
     finally:
         segment.close()
 
@@ -276,7 +280,9 @@ def without(rank, names, broken):
     if rank == 0 and broken == "map":
         Segment.map = lambda self, nbytes: (_ for _ in ()).throw(OSError(12, "Cannot allocate memory"))
     if rank == 0 and broken == "reach":
-        discovery.open_segment = lambda address: None
+        discovery.open_segment = lambda address: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
+    if rank == 0 and broken == "descriptors":
+        _points.reached = _no_descriptors
     lines = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -287,6 +293,17 @@ def without(rank, names, broken):
     node = session_of(as_collective())._node
     memory = [line for line in Path("/proc/self/maps").read_text().splitlines() if "funcavg" in line]
     return result, node and node.nodes, lines, len(memory)
+
+
+def _no_descriptors(where, number=0):
+    """Have none left while the others' memory is opened."""
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if where == "published":
+        limit = os.dup(0)
+        os.close(limit)
+    elif where == "attached":
+        limit = most
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
 
 
 def _no_room(grow):
@@ -306,7 +323,13 @@ def _no_room(grow):
         ([""] * 3, "memfd", [[0], [1, 2]], "Function not implemented"),
         ([""] * 3, "memory", None, "No space left on device"),
         ([""] * 3, "map", [[0], [1, 2]], "Cannot allocate memory"),
-        ([""] * 3, "reach", [[0], [1, 2]], "is out of reach"),
+        (
+            [""] * 3,
+            "reach",
+            [[0], [1, 2]],
+            "out of reach (PermissionError: [Errno 13] Permission denied: another user",
+        ),
+        ([""] * 3, "descriptors", [[0], [1, 2]], "(OSError: [Errno 24] Too many open files: '/proc/"),
         (["a", "a", "b"], "memory", None, "No space left on device"),
         (["a", "b", "b"], "memory", [[0], [1, 2]], ""),
     ],
@@ -362,7 +385,7 @@ class Squares(torch.utils.data.Dataset):
 FORKS = """
 import atexit, os, sys
 import torch, torch.distributed as dist
-from funcavg import average, start_average
+from funcavg import _points, average, start_average
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=int(sys.argv[1]), world_size=2)
 average(torch.ones(3), timeout=20)
 if dist.get_rank() == 1:
