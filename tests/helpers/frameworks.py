@@ -10,7 +10,6 @@ stand-in is false: ``if torch``. Modules that need a framework throughout import
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import importlib.util
 import os
@@ -38,9 +37,12 @@ def collecting() -> Iterator[None]:
             os.environ["PYTEST_CURRENT_TEST"] = test
 
 
-@functools.cache
+# Found out once, before any test hides one.
+INSTALLED = frozenset(name for name in OPTIONAL if importlib.util.find_spec(name) is not None)
+
+
 def absent(framework: str) -> bool:
-    return importlib.util.find_spec(framework) is None
+    return framework not in INSTALLED
 
 
 class Absent:

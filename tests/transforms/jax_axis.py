@@ -92,6 +92,18 @@ def check(way):
 for way in WAYS:
     check(way)
 
+# A mesh whose axes are in the types of arrays, which is what jax.make_mesh makes of late.
+EXPLICIT = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+
+
+def under_explicit_axes(fn):
+    mapped = jax.shard_map(fn, in_specs=P("d"), out_specs=P("d"))
+    return lambda rows: jax.sharding.reshard(mapped(jax.sharding.reshard(rows, P("d"))), P())
+
+
+with jax.set_mesh(EXPLICIT):
+    check(under_explicit_axes)
+
 MESH_2D = jax.make_mesh((1, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 both = jax.shard_map(lambda x: average(x, ("a", "b")), mesh=MESH_2D, in_specs=P(("a", "b")), out_specs=P(("a", "b")))
 np.testing.assert_allclose(both(ROWS), [MEAN, MEAN])
@@ -105,6 +117,10 @@ np.testing.assert_array_equal(halves["x"], ROWS)
 assert float(halves["sum"]) == float(ROWS.sum())
 slope = jax.jit(jax.grad(lambda x: (average(x, Solo()) ** 2).sum()))(whole)
 np.testing.assert_allclose(slope, 2 * ROWS)
+explicit = jax.device_put(ROWS, jax.sharding.NamedSharding(EXPLICIT, P("d")))
+for averaged in (average(explicit, Solo()), jax.jit(lambda x: average(x, Solo()))(explicit)):
+    np.testing.assert_array_equal(averaged, ROWS)
+    assert jax.typeof(averaged) == jax.typeof(explicit)
 
 for attempt, kind, words in (
     (lambda: average(ROWS, "d"), ValueError, "no such axis is bound here"),
