@@ -50,7 +50,7 @@ def _make(group: Any, collective: Any, members: range) -> Any:
         group = group.get_group() if isinstance(group, mesh) else group
         if isinstance(group, dist.ProcessGroup):
             ranks = dist.get_process_group_ranks(group)
-            seconds = collective.timeout  # else the block would have torch's default, not its parent's
+            seconds = collective.default_timeout  # else the block would have torch's default, not its parent's
             timeout = None if seconds is None else timedelta(seconds=seconds)
             block = [ranks[member] for member in members]
             return dist.new_group(block, timeout=timeout, use_local_synchronization=True)

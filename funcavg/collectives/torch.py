@@ -116,7 +116,7 @@ class TorchCollective(Rows):
         return f"<rank {self.rank} of {self.size} of a torch process group>"
 
     @property
-    def timeout(self) -> float | None:
+    def default_timeout(self) -> float | None:
         """The group's own timeout in seconds, if its user has set one; None if it is torch's default, or unknown."""
         group = self._group()
         return None if group is None or self.in_callers_thread else _timeout_of(group)

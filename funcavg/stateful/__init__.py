@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from funcavg._errors import missing_extra
 from funcavg._schedule import integer, should_average
 from funcavg._trees import Timeout
+from funcavg.collectives import as_collective
 
 try:
     import torch
@@ -262,7 +263,10 @@ class HierarchicalModelAverager(ModelAverager, torch_hierarchical.HierarchicalMo
         if self.step >= self.warmup_steps:
             group = self._find_process_group()  # type: ignore[no-untyped-call]  # torch's
             if group is not None:
-                average_parameters(params, group, self.where, self.timeout)
+                timeout = self.timeout
+                if timeout is None:  # torch gives smaller groups its default, and not their parent's
+                    timeout = getattr(as_collective(self.process_group), "default_timeout", None)
+                average_parameters(params, group, self.where, timeout)
         self.step += 1
 
 

@@ -212,7 +212,7 @@ def test_a_dtensor_and_its_own_shard_are_not_ties():
 
 def own_timeouts(rank):
     """What a user has set is the collective's, and what `hierarchical` makes of a group has it, too."""
-    seen = [as_collective().timeout]
+    seen = [as_collective().default_timeout]
     for options in (
         {},
         {"timeout": timedelta(minutes=30)},
@@ -221,11 +221,11 @@ def own_timeouts(rank):
     ):
         group = dist.new_group(**options)
         collective = as_collective(group)
-        seen.append((collective.timeout, as_collective(block_of(group, 2)).timeout))
+        seen.append((collective.default_timeout, as_collective(block_of(group, 2)).default_timeout))
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=9), group)
-    seen.append(collective.timeout)
+    seen.append(collective.default_timeout)
     dist.destroy_process_group(group)
-    return [*seen, collective.timeout]
+    return [*seen, collective.default_timeout]
 
 
 def test_a_groups_own_timeout():
@@ -256,7 +256,7 @@ def test_the_default_timeout_depends_on_the_backend(monkeypatch, config, minutes
 
 def no_timeout_to_be_had(rank, path):
     group = Foreign(dist.ProcessGroupGloo(dist.FileStore(path, 2), rank, 2, timedelta(seconds=20)))
-    return as_collective(group).timeout
+    return as_collective(group).default_timeout
 
 
 def test_a_group_that_does_not_say_its_timeout(tmp_path):

@@ -2,13 +2,15 @@
 
 import copy
 import pickle
+import time
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 from helpers.processes import run_processes
 
-from funcavg import HierarchicalModelAverager, PeriodicModelAverager, PostLocalSGDOptimizer
+from funcavg import HierarchicalModelAverager, PeerLostError, PeriodicModelAverager, PostLocalSGDOptimizer
 from funcavg.collectives import Solo
 from funcavg.testing import run_ranks
 
@@ -164,3 +166,28 @@ def test_lightning_trains_with_it():
     (steps, one), (other_steps, other) = run_processes(2, trained_by_lightning, timeout=100)
     assert steps == other_steps == 7
     assert one == other  # the last step, of number 6, has averaged
+
+
+def in_pairs(rank):
+    """Of a default group whose timeout is 2 seconds, rank 1 of a pair comes late."""
+    parent = dist.new_group([0, 1, 2, 3], timeout=timedelta(seconds=2))
+    averager = HierarchicalModelAverager({2: 2, 4: 4}, process_group=parent)
+    averager.step = 2
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.grad = torch.ones(2)
+    if rank == 1:
+        time.sleep(6)
+        return None
+    start = time.monotonic()
+    try:
+        averager.average_parameters([parameter])
+    except PeerLostError as error:
+        return str(error), time.monotonic() - start
+    return "nothing", time.monotonic() - start
+
+
+def test_groups_of_a_hierarchy_wait_as_long_as_their_parent():
+    outcomes = run_processes(4, in_pairs)
+    assert "of 2 s" in outcomes[0][0] or "waited 2 s" in outcomes[0][0], outcomes[0]
+    assert 1.5 < outcomes[0][1] < 5
+    assert outcomes[2][0] == outcomes[3][0] == "nothing"
