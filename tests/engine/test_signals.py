@@ -136,6 +136,28 @@ def over_gloo(rank, node, warm, obstacle, raising):
     return scenario(rank, dist.group.WORLD, warm, obstacle, raising)
 
 
+def nothing_is_written_late(rank):
+    """Donated memory stays as the interrupted call has left it, whatever the peer still sends."""
+    os.environ["FUNCAVG_NODE"] = "off"
+    average(tree_of(rank))
+    within(rank, None)
+    tree = tree_of(rank)
+    if rank == 1:
+        with pytest.raises(PeerLostError):
+            average(tree, donate=True, timeout=4)
+        return True
+    with Bell(raising=True), pytest.raises(Preempted):
+        average(tree, donate=True)
+    left = tree["large"].clone(), tree["small"].copy()
+    assert at_work() == []
+    time.sleep(LATE)
+    return bool(torch.equal(tree["large"], left[0]) and (tree["small"] == left[1]).all())
+
+
+def test_nothing_is_written_late():
+    assert run_processes(2, nothing_is_written_late) == [True, True]
+
+
 def over_mpi(comm, warm, obstacle, raising):
     return scenario(comm.rank, comm, warm, obstacle, raising)
 
