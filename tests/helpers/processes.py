@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from helpers.frameworks import skip_without
+import pytest
+
+from helpers.frameworks import Skip, collecting, skip_without
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the forkserver and its children inherit it
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -50,8 +52,9 @@ def run_processes(
             _CONTEXT.Process(target=_worker, args=(rank, size, folder, pipes[rank][1], fn, args), daemon=True)
             for rank in range(size)
         ]
-        for worker in workers:
-            worker.start()
+        with collecting():  # a rank imports the test's module before anything else
+            for worker in workers:
+                worker.start()
         for _, sender in pipes:
             sender.close()
         deadline = time.monotonic() + timeout
@@ -78,10 +81,14 @@ def run_processes(
             worker.join()
         if problems:
             raise RankFailed("\n".join(problems))
+        for outcome in outcomes:
+            if isinstance(outcome, Skip):
+                pytest.skip(outcome)
         return outcomes
 
 
 def _worker(rank: int, size: int, folder: str, sender: Any, fn: Callable[..., Any], args: Any) -> None:
+    os.environ["PYTEST_CURRENT_TEST"] = "a rank of a test"  # see helpers.frameworks
     with Path(folder, f"stack{rank}").open("w") as stack:
         faulthandler.register(signal.SIGUSR1, stack, all_threads=True)
         try:
@@ -92,6 +99,8 @@ def _worker(rank: int, size: int, folder: str, sender: Any, fn: Callable[..., An
             dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
             dist.barrier()  # a rank that is done and gone before the others have connected to it would fail them
             outcome = fn(rank, *args), None
+        except pytest.skip.Exception as reason:
+            outcome = Skip(reason), None
         except BaseException:
             outcome = None, traceback.format_exc()
         sender.send_bytes(pickle.dumps(outcome))  # by value: the shared memory that torch would send dies with us
