@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import os
 import types
 
 import numpy as np
@@ -228,3 +229,30 @@ def test_a_module_that_is_gone_leaves_no_trace():
     gc.collect()
     average({"w": torch.ones(1)}, Solo())
     assert len(parts._handles(FlatParamHandle)) == 0
+
+
+def by_deepspeed(rank):
+    os.environ |= {"LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
+    import deepspeed
+
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+    with deepspeed.zero.Init(config_dict_or_path={"train_batch_size": 2, "zero_optimization": {"stage": 3}}):
+        module = nn.Linear(4, 4)
+    parameters = dict(module.named_parameters())
+    said = [
+        heard(torch.no_grad()(lambda: average(parameters))),
+        heard(lambda: average({name: p.detach() for name, p in parameters.items()})),
+    ]
+    with deepspeed.zero.GatheredParameters(list(module.parameters()), modifier_rank=0), torch.no_grad():
+        module.weight.fill_(rank)
+        mean = average(dict(module.named_parameters()))["weight"].unique().tolist()
+    return said, mean
+
+
+def test_zero_3_itself():
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    for said, mean in run_processes(2, by_deepspeed, timeout=110):
+        assert [kind for kind, _ in said] == [TypeError, ValueError]
+        assert "is a parameter of ZeRO-3" in said[0][1]
+        assert "not one of the 2 averaged leaves has an element" in said[1][1]
+        assert mean == [0.5]
