@@ -112,7 +112,8 @@ class Flight:
         """Wait, if interrupted (Ctrl-C) again and again, and return the tree or the exception."""
         if self._waits_for_caller:
             self._fly()
-        self._over.wait()  # not a join, which an interrupt breaks (CPython issue 90882)
+        while not self._over.wait(0.5):  # a signal may have come to another thread, which does not wake this one
+            pass  # and no join, which an interrupt breaks (CPython issue 90882)
         self._session.leave()
         return self._outcome
 

@@ -5,6 +5,7 @@ One call at a time: a session is entered by the thread that averages and by nobo
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -144,8 +145,17 @@ def _was_signal(error: BaseException) -> bool:
     """Say whether a signal handler has raised it, such as that of Ctrl-C."""
     if isinstance(error, KeyboardInterrupt):
         return True
-    handlers = {getattr(signal.getsignal(number), "__code__", None) for number in signal.valid_signals()} - {None}
+    handlers = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
     return any(frame.f_code in handlers for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def _code_of(handler: Any) -> Any:
+    """Return the code of a function, a method, a partial, or an object that can be called."""
+    while isinstance(handler, functools.partial):
+        handler = handler.func
+    if callable(handler) and not hasattr(handler, "__code__"):
+        handler = type(handler).__call__
+    return getattr(handler, "__code__", None)
 
 
 _GRAVEYARD: list[Any] = []

@@ -74,7 +74,10 @@ def default_group() -> Any:
     """Return what ``group=None`` means."""
     torch_dist = sys.modules.get("torch.distributed")
     if torch_dist is not None and torch_dist.is_available() and torch_dist.is_initialized():
-        if torch_dist.get_world_size() == 1:  # a library may have made it for itself, in each of several processes
+        # A library may have made it for itself, in each of several processes. But a launcher of torch's that says one
+        # rank has made this world of one, whoever has started the launcher (srun, Ray).
+        of_one = os.environ.get("WORLD_SIZE") == "1" and os.environ.get("RANK") == "0"
+        if torch_dist.get_world_size() == 1 and not of_one:
             _guard_against_silent_solo(os.environ, world="WORLD")
         return torch_dist.group.WORLD
     if (world := _mpi_world()) is not None and world.size > 1:
@@ -161,8 +164,8 @@ def _guard_against_silent_solo(environ: Mapping[str, str], *, world: str = "") -
     jax = sys.modules.get("jax")
     if jax is not None and getattr(jax.distributed, "is_initialized", bool)() and jax.process_count() > 1:
         raise RuntimeError(
-            f"average: group={group}, but jax.distributed runs {jax.process_count()} processes, which funcavg cannot "
-            f"reach by itself. Pass a group. {alone}"
+            f"average: group={group}{', a default group of one rank' if world == 'WORLD' else ''}, but jax.distributed "
+            f"runs {jax.process_count()} processes, which funcavg cannot reach by itself. Pass a group. {alone}"
         )
 
 

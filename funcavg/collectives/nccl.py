@@ -79,22 +79,31 @@ class DeviceVerbs:
         owner, packed = self._owner, Mark([device])
         me = f"rank {owner.rank} of {owner.size}"
         owner.on_device += 1
-        with translate_errors(me, "to start NCCL", timeout):
-            if owner.connected_on_device:
-                work = start()
-            else:
-                work = owner.waiter.run(in_stream_of_here(start, device), owner.abort, linger=LINGER)
+
+        def begin() -> Any:
+            with translate_errors(me, "to start NCCL", timeout):
+                return start()
+
+        if owner.connected_on_device:
+            work = begin()
+        else:
+            work = owner.waiter.run(in_stream_of_here(begin, device), owner.abort, linger=LINGER)
         owner.connected_on_device = True
 
         def wait() -> None:
             # What this rank itself has queued before is not waiting for others.
             owner.waiter.run(packed.synchronize, owner.abort, linger=LINGER)
             patience = Patience(timeout)
+
+            def is_completed() -> bool:
+                with translate_errors(me, "for NCCL", timeout):
+                    return bool(work.is_completed())
+
+            while not is_completed():
+                if patience.pause() and patience.is_over():  # where handlers run: what they raise is nobody's loss
+                    waited = f"{patience.waited:.1f} s of {timeout:g} s"
+                    raise PeerLostError(f"{me} waited {waited} for NCCL.")
             with translate_errors(me, "for NCCL", timeout):
-                while not work.is_completed():
-                    if patience.pause() and patience.is_over():
-                        waited = f"{patience.waited:.1f} s of {timeout:g} s"
-                        raise PeerLostError(f"{me} waited {waited} for NCCL.")
                 work.wait(timedelta(milliseconds=1))  # is over: raises what has failed, else the stream need not wait
             owner.on_device -= 1
 

@@ -133,14 +133,17 @@ class TorchCollective(Rows):
         the peers at another place.
         """
         self._given_up.set()
-        gloo, self._gloo = self._gloo, None
+        gloo = self._gloo
         if gloo is not None:
-            # Gloo's abort() leaves a thread of this process that waits there waiting. A wait that times out ends all.
-            with contextlib.suppress(RuntimeError):
-                alarm = torch.from_numpy(np.empty(1, np.uint8))
-                gloo.recv([alarm], (self.rank + 1) % self.size, ALARM).wait(timedelta(milliseconds=1))
+            # Gloo's abort() leaves a thread of this process that waits there waiting. A wait that times out ends all
+            # waits; one for a rank that is gone fails at once instead, and ends none, so every rank is waited for.
+            for peer in self._peers():
+                with contextlib.suppress(RuntimeError):
+                    alarm = torch.from_numpy(np.empty(1, np.uint8))
+                    gloo.recv([alarm], peer, ALARM).wait(timedelta(milliseconds=1))
             if hasattr(gloo, "abort"):  # older torch closes them when the last reference goes
                 gloo.abort()
+        self._gloo = None  # not sooner: a signal may break this off, and then it is done again
         group, on_device, self.on_device = self._group(), self.on_device, 0
         if on_device and group is not None:
             nccl: Any = group._get_backend(torch.device("cuda"))

@@ -33,24 +33,37 @@ class Waiter:
         """Return ``call()``, or raise what it raises, or what a signal handler raises in the meantime.
 
         In the latter case ``interrupt`` must make the call end, and this raises when it has ended: then nothing touches
-        the caller's memory any more. A call that touches none may be left behind after ``linger`` seconds.
+        the caller's memory any more. A call that touches none may be left behind after ``linger`` seconds. Further
+        signals may break off ``interrupt``, which is then begun again.
         """
         if threading.current_thread() is not threading.main_thread():
             return call()
         try:
             errands = self._served()
-        except RuntimeError:  # no thread can be started: better a call whose signals wait than none
-            return call()
+        except RuntimeError as error:
+            if "start new thread" not in str(error):  # a signal handler's own
+                raise
+            return call()  # no thread can be started: better a call whose signals wait than none
         errand = _Errand(call)
-        try:
-            errands.put(errand)
-            while not errand.is_over_within(LOOK):
-                pass
-        except BaseException:
+
+        def end() -> None:
             errand.call = None  # in case it has not begun
             interrupt()
             errands.put(errand)  # in case it has not been put there; an errand that is done is not done again
             _outlast(errand, linger)
+
+        try:
+            errands.put(errand)
+            while not errand.is_over_within(LOOK):
+                pass
+        except BaseException:  # Two signals may be pending, of which the second is raised as soon as `end` is called.
+            try:
+                end()
+            except BaseException:
+                try:
+                    end()
+                except BaseException:
+                    end()
             raise
         return errand.outcome()
 
@@ -58,9 +71,9 @@ class Waiter:
         """Return the queue that the thread takes its errands from. The thread ends with this object."""
         if self._errands is None:
             errands: SimpleQueue[_Errand[Any] | None] = SimpleQueue()
+            weakref.finalize(self, errands.put, None).atexit = False  # first, lest a signal leave a thread behind
             threading.Thread(target=_serve, args=(errands,), name="funcavg waits", daemon=True).start()
             self._errands = errands
-            weakref.finalize(self, errands.put, None).atexit = False
         return self._errands
 
 

@@ -485,7 +485,8 @@ for unusable, cure in ((MPI.COMM_WORLD, "MPI.Init()"), (None, "pass a communicat
         assert cure in str(error), error
     else:
         raise AssertionError("averaged over nothing")
-for round_number in range(2):
+# Open MPI 5.0 fails by itself when sessions are begun again after the last has ended.
+for round_number in range(1 if "Open MPI" in MPI.Get_library_version() else 2):
     session = MPI.Session.Init()
     group = session.Create_group("mpi://WORLD")
     comm = MPI.Intracomm.Create_from_group(group, f"test {round_number}")
