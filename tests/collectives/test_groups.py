@@ -376,3 +376,24 @@ def test_descriptors_that_have_run_out_are_no_lost_peer():
     said, lost = run_processes(2, no_descriptors)
     assert lost == "lost"
     assert re.match(r"average: rank 0 of 2 has no file descriptors left .*Too many open files.*`ulimit -n`", said), said
+
+
+def test_a_world_of_one_that_its_launcher_has_made_is_meant():
+    """As `torchrun --nproc-per-node 1` in each task of an srun, for trainings that are independent."""
+    code = """
+import torch.distributed as dist, funcavg
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+print(funcavg.average(1.5))
+"""
+    task = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}
+    for launched, expected in (({"WORLD_SIZE": "1", "RANK": "0"}, "1.5"), ({}, "srun has started 2")):
+        environ = {key: value for key, value in os.environ.items() if key not in ("WORLD_SIZE", "RANK")}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environ | task | launched,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert expected in done.stdout + done.stderr
