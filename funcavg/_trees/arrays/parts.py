@@ -19,15 +19,20 @@ __all__ = ["part_of", "parts_of"]
 
 def parts_of(leaves: Sequence[Any]) -> tuple[str, ...]:
     """Return `part_of` each tensor; nothing if all are whole, as nearly always."""
-    if not _fsdp_shards() and not any(map(vars, leaves)):
+    shards = _fsdp_shards()
+    if not shards and not any(map(vars, leaves)):
         return ()
-    parts = tuple(map(part_of, leaves))
+    parts = tuple(_part(leaf, shards) for leaf in leaves)
     return parts if any(parts) else ()
 
 
 def part_of(leaf: Any) -> str:
     """Say which part of what a tensor is, "" if it is whole; raise TypeError if nobody can average it as it is."""
-    shards, marks = _fsdp_shards(), vars(leaf)
+    return _part(leaf, _fsdp_shards())
+
+
+def _part(leaf: Any, shards: Mapping[int, Any]) -> str:
+    marks = vars(leaf)
     if shards and (handle := shards.get(leaf.untyped_storage().data_ptr())) is not None:
         return f"part {handle.rank} of {handle.world_size} of an FSDP parameter"
     if not marks:
