@@ -115,8 +115,9 @@ def start_average(  # noqa: PLR0913  # as average
 ) -> Handle[T]:
     """Start to average, and return a handle; the result is that of `average`, which see.
 
-    Agreement and transfers go on in the background, so this never waits for other ranks. The inputs must not be
-    written to until ``handle.wait()`` has returned (as with ``MPI_Iallreduce``). One call at a time can be under way
+    Agreement and transfers go on in the background, so this never waits for other ranks. The inputs must be
+    neither written to nor freed until ``handle.wait()`` has returned, as with ``MPI_Iallreduce``. (With FSDP: wait
+    before parameters are resharded.) One call at a time can be under way
     on a group. Leaves in a GPU's memory, groups that cannot be duplicated, and the first call on an MPI communicator
     are averaged inside ``wait()``, whose current CUDA stream the result belongs to.
 

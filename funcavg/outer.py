@@ -139,7 +139,9 @@ def _gradient_descent(lr: float, momentum: float, step: Callable[[Any, Any], Any
 def _number(name: str, value: Any) -> float:
     """Return a setting as a Python number; it may be of any kind of real number, or an array of shape ()."""
     dtype = str(getattr(value, "dtype", ""))
-    is_array = getattr(value, "shape", None) == () and dtype.removeprefix("torch.").startswith(("float", "int", "uint"))
+    is_array = getattr(value, "shape", None) == () and dtype.removeprefix("torch.").startswith(
+        ("float", "bfloat", "int", "uint")
+    )
     if isinstance(value, bool) or not (isinstance(value, Real) or is_array):
         raise TypeError(f"outer: {name} must be a number, got {value!r} of type {type(value).__name__}")
     return float(value)

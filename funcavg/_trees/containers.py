@@ -7,6 +7,7 @@ to walk (Equinox modules, ``flax.struct``) is walked by JAX.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -38,8 +39,9 @@ class Flat(NamedTuple):
     def rebuild(self, leaves: Sequence[Any]) -> Any:
         """Return the tree around other leaves."""
         tree = unflatten(self.spec, leaves)
-        for where, attributes in self.attributes:
-            vars(_at(tree, where)).update(attributes)
+        kept = dict(self.attributes)
+        for where, node in _nodes(tree, list(kept)):
+            vars(node).update(kept[where])
         return tree
 
 
@@ -51,8 +53,8 @@ def flatten(tree: Any) -> Flat:
         refuse_keys(tree)  # else what has been raised is a container's own
         raise
     ordered_dicts, order = survey_of(outer)
-    found = ((where, dict(vars(_at(tree, where)))) for where in ordered_dicts)
-    attributes = [(where, attributes) for where, attributes in found if attributes]
+    nodes = _nodes(tree, ordered_dicts)
+    attributes = [(where, {k: copy.copy(v) for k, v in vars(node).items()}) for where, node in nodes if vars(node)]
     if order:
         leaves = [leaves[i] for i in order]
     jax: Any = sys.modules.get("jax")
@@ -71,10 +73,18 @@ def flatten(tree: Any) -> Flat:
     return Flat(everything, Spec(outer, tuple(inner), order), attributes)
 
 
-def _at(tree: Any, where: tuple[int, ...]) -> Any:
-    for i in where:
-        tree = optree.tree_flatten_one_level(tree)[0][i]
-    return tree
+def _nodes(tree: Any, places: Sequence[tuple[int, ...]], depth: int = 0) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """Yield the containers at some places, which begin alike up to ``depth``: each is come to once."""
+    below: dict[int, list[tuple[int, ...]]] = {}
+    for place in places:
+        if len(place) == depth:
+            yield place, tree
+        else:
+            below.setdefault(place[depth], []).append(place)
+    if below:
+        children = optree.tree_flatten_one_level(tree)[0]
+        for i, some in below.items():
+            yield from _nodes(children[i], some, depth + 1)
 
 
 def _may_be_walked_by_jax(kind: type) -> bool:

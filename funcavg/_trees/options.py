@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -50,7 +51,10 @@ def checked_timeout(timeout: Any, who: str) -> float | None:
             f"{who}: timeout must be a number of seconds, a timedelta or None, got {timeout!r} of type "
             f"{type(timeout).__name__}"
         )
-    number = float(seconds)
+    try:
+        number = float(seconds)
+    except OverflowError:  # an integer beyond all floats
+        number = math.inf
     if not 0 < number <= LONGEST:
         raise ValueError(f"{who}: timeout must be positive and at most {LONGEST:g} seconds, got {timeout!r}")
     return number

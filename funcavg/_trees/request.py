@@ -37,7 +37,7 @@ class Layout:
     on_device: str  # the mask of leaves that lie there
     members: dict[Family, list[int]]
     intricate: bool  # some leaf is complex or expanded: each must be asked whether it can be donated
-    hollow: bool  # there are leaves, and not one has an element
+    hollow: bool  # there are leaves, and not one has an element, where that is no rank's share of a parameter
 
     def name(self, i: int) -> str:
         """Return the name of an averaged leaf."""
@@ -81,7 +81,7 @@ def make_request(flat: Flat, options: Options, *, only: frozenset[int] | None = 
         if only is None and options.where is not None:
             only = _accepted(flat.spec, options.where)
         layout = _layout_of(flat, only)
-        if layout.hollow:
+        if layout.hollow and not wrapped:
             first, *more = (layout.lines[i] for i in layout.averaged)
             raise ValueError(
                 f"not one of the {1 + len(more)} averaged leaves has an element: {first}{', ...' if more else ''}. If "
@@ -222,7 +222,7 @@ def _describe_all(flat: Flat, families: list[Family], only: frozenset[int] | Non
         {family: [i for i, other in enumerate(chosen) if other is family] for family in dict.fromkeys(chosen)},
         any(f.overlaps_itself(everything[i]) for f, i in zip(chosen, averaged, strict=True))
         or any("complex" in leaf.text for leaf in leaves),
-        bool(leaves) and not any(math.prod(leaf.shape) for leaf in leaves),
+        bool(leaves) and not any(math.prod(leaf.shape) or "part of an FSDP" in leaf.text for leaf in leaves),
     )
 
 

@@ -158,8 +158,8 @@ def _checksum(layout: Layout) -> int:
 
 
 def averaged_lines(layout: Layout) -> list[str]:
-    """Return "path: dtype[shape]" of every averaged leaf."""
-    return [layout.lines[i] for i in layout.averaged]
+    """Return "path: dtype[shape]" of every averaged leaf; not which part of a parameter it is: copies do not tell."""
+    return [layout.lines[i].partition(" (part ")[0] for i in layout.averaged]
 
 
 def check_tree(checksum: Any, params: Any, where: Where | None, method: str) -> None:

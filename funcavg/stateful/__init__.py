@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from funcavg._errors import missing_extra
 from funcavg._schedule import integer, should_average
 from funcavg._trees import Timeout
-from funcavg.collectives import as_collective
+from funcavg.collectives import as_collective, default_group
 
 try:
     import torch
@@ -66,8 +66,12 @@ class ModelAverager(torch_averagers.ModelAverager):
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Return an averager with a step of its own, over the same groups: these cannot be copied."""
-        return copy.copy(self)
+        """Return an averager with all that is its own, over the same groups: these cannot be copied."""
+        groups = [self.process_group, *getattr(self, "period_process_group_dict", {}).values()]
+        memo.update({id(group): group for group in groups})
+        copied = copy.copy(self)
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
     def __reduce__(self) -> Any:
         return rebuild, (type(self), portable(vars(self), type(self).__name__))
@@ -160,6 +164,8 @@ class PeriodicModelAverager(ModelAverager, torch_averagers.PeriodicModelAverager
         if period == 1:
             warnings.warn(OF_PERIOD_1, stacklevel=2)
         self.period = period
+        if process_group is None:
+            default_group()  # raises if that is one rank among several processes
 
     def average_parameters(self, params: Parameters) -> None:
         """Average, if it is time to, the parameters that have a gradient; then count the step.
@@ -253,6 +259,8 @@ class HierarchicalModelAverager(ModelAverager, torch_hierarchical.HierarchicalMo
         if only_1:
             self._periods = [1]
             self.period_process_group_dict = OrderedDict({1: self.process_group})
+        if process_group is None:
+            default_group()
 
     def average_parameters(self, params: Parameters) -> None:
         """Average, if it is time to, the parameters that have a gradient; then count the step.
@@ -317,14 +325,15 @@ class PostLocalSGDOptimizer(TorchPostLocalSGDOptimizer):
     def __getattr__(self, name: str) -> Any:
         """Take from the local optimizer what torch's class lacks: ``defaults``, and the hooks of its steps and states.
 
-        Schedulers and trainers ask for these.
+        Schedulers and trainers ask for these. Nothing else: a GradScaler would take this for a fused optimizer that
+        unscales gradients in its step.
         """
-        if name == "optim":  # which is not there yet, while this is copied or unpickled
-            raise AttributeError(name)
-        return getattr(self.optim, name)
+        if name == "defaults" or (name.startswith("_optimizer_") and name.endswith("_hooks")):
+            return getattr(self.optim, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"optim": self.optim, "averager": self.averager}
+        return {name: value for name, value in vars(self).items() if name != "step"}  # which schedulers wrap
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

@@ -53,7 +53,8 @@ def average_parameters(params: Parameters, group: Any, where: Which | None, time
         if id(param) not in chosen:
             return None
         data = param.data
-        vars(data).update(vars(param))  # marks of whoever has cut it (`funcavg._trees.arrays.parts`)
+        marks = {name: value for name, value in vars(param).items() if name != "_fsdp_flattened"}  # the memory tells
+        vars(data).update(marks)  # of whoever has cut it (`funcavg._trees.arrays.parts`)
         return data
 
     tree = [{"params": list(map(leaf, item["params"]))} if isinstance(item, dict) else leaf(item) for item in items]

@@ -541,7 +541,11 @@ def test_what_is_refused(call, kind, words):
 
 
 @pytest.mark.parametrize(
-    "rate", [0.5, np.float32(0.5), np.array(0.5), torch.tensor(0.5), jax.numpy.float32(0.5), Fraction(1, 2)]
+    "rate",
+    [
+        *(0.5, np.float32(0.5), np.array(0.5), Fraction(1, 2), jax.numpy.float32(0.5)),
+        *(torch.tensor(0.5), torch.tensor(0.5, dtype=torch.bfloat16)),
+    ],
 )
 def test_outer_rates_of_every_kind(rate):
     updates, _ = outer.nesterov(rate, momentum=np.float64(0.5)).update(

@@ -483,6 +483,7 @@ def test_averagers_refuse_bad_timeouts_at_once(make):
         (float("nan"), ValueError, r"positive and at most 1e\+07 seconds, got nan"),
         (1e9, ValueError, r"positive and at most 1e\+07 seconds, got 1000000000.0"),
         (float("inf"), ValueError, r"positive and at most 1e\+07 seconds, got inf"),
+        (10**400, ValueError, r"positive and at most 1e\+07 seconds, got 1000"),
         (timedelta(0), ValueError, r"positive and at most 1e\+07 seconds, got datetime.timedelta\(0\)"),
         ("3", TypeError, "a number of seconds, a timedelta or None, got '3' of type str"),
         (True, TypeError, "a number of seconds, a timedelta or None, got True of type bool"),

@@ -1,7 +1,10 @@
 """PostLocalSGDOptimizer stands wherever an optimizer is expected: schedulers, closures, hooks, copies, trainers."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 import time
 from datetime import timedelta
 
@@ -191,3 +194,52 @@ def test_groups_of_a_hierarchy_wait_as_long_as_their_parent():
     assert "of 2 s" in outcomes[0][0] or "waited 2 s" in outcomes[0][0], outcomes[0]
     assert 1.5 < outcomes[0][1] < 5
     assert outcomes[2][0] == outcomes[3][0] == "nothing"
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_a_grad_scaler_unscales_before_a_fused_step(kind):
+    """And does not take the wrapper for a fused optimizer, which would have to do so itself."""
+    results = []
+    for wraps in (False, True):
+        weight = torch.nn.Parameter(torch.ones(1))
+        optimizer = kind([weight], lr=0.1, fused=True)
+        if wraps:
+            optimizer = PostLocalSGDOptimizer(optimizer, PeriodicModelAverager(2, process_group=Solo()))
+        scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+        scaler.scale(weight.sum()).backward()
+        scaler.step(optimizer)
+        results.append(weight.item())
+    assert results[0] == pytest.approx(results[1])
+    assert results[1] == pytest.approx(0.9)
+
+
+def test_copies_share_nothing_but_groups():
+    class Mine(PeriodicModelAverager):
+        pass
+
+    averager = Mine(2, process_group=Solo())
+    averager.seen = [1]
+    copied = copy.deepcopy(averager)
+    assert (copied.seen, copied.process_group is averager.process_group) == ([1], True)
+    assert copied.seen is not averager.seen
+    _, optimizer = made(lr=0.1)
+    optimizer.mine = [2]
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    assert copy.deepcopy(optimizer).mine == [2]
+
+
+def test_stand_ins_refuse_a_world_of_one_among_several_processes():
+    code = """
+import warnings; warnings.simplefilter("ignore")
+import torch.distributed as dist, funcavg
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+for make in (lambda: funcavg.PeriodicModelAverager(2), lambda: funcavg.HierarchicalModelAverager({2: 1})):
+    try:
+        make()
+    except RuntimeError as error:
+        print("has one rank here, but torchrun has started 2" in str(error))
+funcavg.PeriodicModelAverager(2, process_group=dist.group.WORLD)
+"""
+    environ = os.environ | {"WORLD_SIZE": "2", "RANK": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("True\nTrue\n", 0), done.stderr

@@ -1,6 +1,7 @@
 """Whatever a user's objects could do before a call, they and the results can do after it."""
 
 import os
+import time
 from collections import OrderedDict
 from functools import partial
 
@@ -13,6 +14,7 @@ from helpers.processes import run_processes
 
 from funcavg import (
     HierarchicalModelAverager,
+    PeerLostError,
     PeriodicModelAverager,
     average,
     diloco,
@@ -22,6 +24,8 @@ from funcavg import (
     stacked,
     start_average,
 )
+from funcavg._trees import flatten
+from funcavg._trees.arrays.torch import Tensors
 from funcavg.collectives import Solo
 from funcavg.testing import run_ranks
 
@@ -171,3 +175,39 @@ def test_other_attributes_come_back_too():
     assert result[0].note == "mine"
     assert result[0] is not tree
     assert result[1]["e"]._metadata == empty._metadata
+
+
+def test_memory_that_is_freed_under_way_is_an_error_and_no_crash():
+    def fn(group):
+        if group.rank == 1:
+            time.sleep(0.5)
+            return "late"
+        leaves = [torch.ones(1_500_000) for _ in range(3)]
+        handle = start_average(leaves, group, donate=True, timeout=5)
+        for leaf in leaves:
+            leaf.untyped_storage().resize_(0)
+        with pytest.raises((RuntimeError, PeerLostError)):
+            handle.wait()
+        return "told"
+
+    assert run_ranks(2, fn) == ["told", "late"]
+    leaf = torch.ones(300_000)
+    carrier = leaf.detach()
+    leaf.untyped_storage().resize_(8)
+    with pytest.raises(
+        RuntimeError, match=r"of a tensor of shape \[300000\] has been freed .* has 8 bytes now, of 1200000"
+    ):
+        Tensors().as_bytes(carrier)
+
+
+def test_many_ordered_dicts_take_no_longer_than_dicts():
+    def tree(kind):
+        return kind((f"l{i}", kind(w=1.0)) for i in range(3000))
+
+    def seconds(tree):
+        flatten(tree)
+        start = time.perf_counter()
+        flatten(tree)
+        return time.perf_counter() - start
+
+    assert seconds(tree(OrderedDict)) < 20 * seconds(tree(dict))

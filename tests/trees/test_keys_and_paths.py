@@ -219,6 +219,10 @@ class Foreign:
             lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
             r"(tensor subclass torch.nested.*NestedTensor|nested tensor)",
         ),
+        (
+            lambda: torch.fx.Proxy(torch.fx.Node(torch.fx.Graph(), "x", "placeholder", "x", (), {})),
+            r"torch.fx.proxy.Proxy, which stands for a value while torch.fx records \(average outside of it\)",
+        ),
         (lambda: torch.eye(2).to_sparse(), r"sparse_coo tensor of dtype float32 \(pass leaf.to_dense\(\)\)"),
         (lambda: torch.eye(2).to_sparse_csr(), r"sparse_csr tensor of dtype float32 \(pass leaf.to_dense\(\)\)"),
     ],

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import ShardingStrategy, fully_shard
 
-from funcavg import PeriodicModelAverager, TreeMismatchError, average, diloco, start_average
+from funcavg import PeriodicModelAverager, TreeMismatchError, average, diloco, periodic, start_average
 from funcavg.collectives import Solo
 from funcavg.testing import run_ranks
 
@@ -256,3 +256,32 @@ def test_zero_3_itself():
         assert "is a parameter of ZeRO-3" in said[0][1]
         assert "not one of the 2 averaged leaves has an element" in said[1][1]
         assert mean == [0.5]
+
+
+def of_replicas_and_of_strangers(rank):
+    """Each rank alone stands for a group of ranks that hold the same shard."""
+    halves = FSDP(nn.Linear(4, 4, bias=False), use_orig_params=True, device_id=CPU)
+    single = FSDP(nn.Linear(1, 1, bias=False), use_orig_params=True, device_id=CPU)  # of which one rank has nothing
+    for make in (diloco, periodic):
+        averager = make(1, group=Solo())
+        params = {"w": halves.weight.detach()}
+        state = averager.init(params)
+        for _ in range(2):
+            params, state = averager.update(params, state)
+    with torch.no_grad():
+        empty = average(dict(single.named_parameters()), Solo())
+    halves(torch.ones(1, 4)).sum().backward()
+    of_gradients = heard(lambda: average({"w": halves.weight.grad}))
+    frozen = nn.Parameter(torch.ones(3))
+    frozen._fsdp_flattened = True  # of a handle that nobody knows, as after gc.freeze()
+    with pytest.warns(UserWarning, match=r"a parameter of FSDP of shape \[3\], of which cannot be told whether it is"):
+        average({"w": frozen.detach().requires_grad_()} | {"v": frozen}, Solo())
+    return [leaf.numel() for leaf in empty.values()], of_gradients
+
+
+def test_shards_are_averaged_by_averagers_and_their_gradients_are_shards_too():
+    outcomes = run_processes(2, of_replicas_and_of_strangers)
+    assert sorted(sizes for sizes, _ in outcomes) == [[0], [1]]
+    for _, (kind, words) in outcomes:
+        assert kind is TreeMismatchError, words
+        assert "part 0 of 2 of an FSDP parameter" in words

@@ -51,6 +51,9 @@ class _Unsupported(Family):
 
 def _cure(leaf: Any) -> str:
     """Say what can be done about a container or an array of a kind that is not known; "" if there is nothing to say."""
+    kind = type(leaf)
+    if kind.__module__.startswith("torch.fx"):
+        return "which stands for a value while torch.fx records (average outside of it)"
     if isinstance(leaf, io.IOBase):
         return "which holds bytes, as the extra state of a module does (leave it out with where=)"
     if isinstance(leaf, Mapping):
@@ -66,9 +69,9 @@ def _cure(leaf: Any) -> str:
         return "a set, whose order ranks cannot agree about (pass a sorted list)"
     if isinstance(leaf, Iterator):
         return "which can be read only once (pass list(...) of it)"
-    if hasattr(leaf, "to_numpy"):
+    if hasattr(kind, "to_numpy"):
         return "which averages as the array that it holds (pass its to_numpy())"
-    if hasattr(leaf, "__array__") or hasattr(leaf, "__dlpack__"):
+    if hasattr(kind, "__array__") or hasattr(kind, "__dlpack__"):
         return "an array of another library (pass numpy.asarray(...) of it)"
     return ""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import gc
 import sys
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,6 +34,10 @@ def part_of(leaf: Any) -> str:
 
 def _part(leaf: Any, shards: Mapping[int, Any]) -> str:
     marks = vars(leaf)
+    if marks.get("_fsdp_flattened", False):
+        if not leaf.numel():
+            return "an empty part of an FSDP parameter"
+        _warn_of_strangers(leaf)
     if shards and (handle := shards.get(leaf.untyped_storage().data_ptr())) is not None:
         return f"part {handle.rank} of {handle.world_size} of an FSDP parameter"
     if not marks:
@@ -75,8 +80,24 @@ def _fsdp_shards() -> dict[int, Any]:
         flat = handle.flat_param
         if handle.uses_sharded_strategy and handle.world_size > 1:
             shard = getattr(flat, "_local_shard", flat)  # which is there from the first forward pass on
-            shards[shard.untyped_storage().data_ptr()] = handle
+            grads = [flat.grad, getattr(flat, "_saved_grad_shard", None), getattr(flat, "_cpu_grad", None)]
+            for held in (shard, *grads):
+                if held is not None and held.numel():
+                    shards[held.untyped_storage().data_ptr()] = handle
     return shards
+
+
+def _warn_of_strangers(leaf: Any) -> None:
+    """Warn of a parameter of FSDP1 of which no handle is known, such as one from before ``gc.freeze()``."""
+    flat_param: Any = sys.modules["torch.distributed.fsdp._flat_param"]
+    for handle in list(_handles(flat_param.FlatParamHandle)):
+        if any(leaf is param for param in getattr(handle.flat_param, "_params", None) or ()):
+            return
+    warnings.warn(
+        f"average: a parameter of FSDP of shape {list(leaf.shape)}, of which cannot be told whether it is whole. If it "
+        f"is a shard, average inside FullyShardedDataParallel.summon_full_params(module).",
+        stacklevel=2,
+    )
 
 
 @functools.cache

@@ -108,6 +108,13 @@ class Tensors(Family):
     def as_bytes(self, carrier: Any) -> Any:
         if carrier.device.type != "cpu" or not carrier.is_contiguous() or carrier.is_neg():
             return None
+        held, begin = carrier.untyped_storage().nbytes(), carrier.storage_offset() * carrier.element_size()
+        if held < begin + carrier.nbytes:  # it was there when the call began
+            raise RuntimeError(
+                f"average: the memory of a tensor of shape {list(carrier.shape)} has been freed while the call was "
+                f"under way: its storage has {held} bytes now, of {begin + carrier.nbytes}. Wait for a handle before "
+                f"parameters are resharded, or their storages resized."
+            )
         return bytes_at(carrier.data_ptr(), carrier.nbytes, carrier)
 
     def window(self, memory: Any, native: Any, shape: tuple[int, ...]) -> Any:
