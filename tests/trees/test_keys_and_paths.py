@@ -207,7 +207,7 @@ class Foreign:
         ),
         ({"w": 1.0}.values, r"dict_values, a view of a dict \(pass list"),
         ({"w": 1.0}.keys, r"dict_keys, a view of a dict \(pass list"),
-        (lambda: {1.0, 2.0}, r"set, a set, whose order ranks cannot agree about \(pass a sorted list\)"),
+        (lambda: {1.0, 2.0}, r"set, whose order ranks cannot agree about \(pass a sorted list\)"),
         (lambda: (x for x in "ab"), r"generator, which can be read only once \(pass list"),
         (Rows, r"Rows, which averages as the array that it holds \(pass its to_numpy\(\)\)"),
         (Foreign, r"Foreign, an array of another library \(pass numpy.asarray"),

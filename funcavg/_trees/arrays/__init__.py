@@ -66,7 +66,7 @@ def _cure(leaf: Any) -> str:
     if isinstance(leaf, (KeysView, ValuesView, ItemsView)):
         return "a view of a dict (pass list(...) of it, or the dict)"
     if isinstance(leaf, AbstractSet):
-        return "a set, whose order ranks cannot agree about (pass a sorted list)"
+        return "whose order ranks cannot agree about (pass a sorted list)"
     if isinstance(leaf, Iterator):
         return "which can be read only once (pass list(...) of it)"
     if hasattr(kind, "to_numpy"):
