@@ -41,7 +41,11 @@ def connect(users: Any, rank: int, size: int, timeout: float, given_up: threadin
             store.set("trouble", f"average: rank {rank}: {trouble}")
         store.set(keys[rank], "1")
         nap = 1e-3
-        while not (said := _trouble_of_any(store)) and not store.check(keys):
+        while True:
+            all_here = store.check(keys)  # first: whoever is in trouble has said so before it says that it is here
+            said = _trouble_of_any(store)
+            if said or all_here:
+                break
             if given_up.is_set():
                 store.set("trouble", f"{me} has given up.")
             elif time.monotonic() > deadline:

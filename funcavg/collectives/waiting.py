@@ -7,6 +7,7 @@ Other threads run no handlers, and wait themselves.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import math
 import threading
@@ -19,6 +20,7 @@ from typing import Any, Generic, TypeVar, cast
 __all__ = ["LINGER", "Waiter"]
 
 LOOK = 0.5  # seconds: a signal may have come to another thread, which does not wake the main one
+PARTING = 5.0  # seconds that the end of the process waits for such calls
 LINGER = 0.5  # seconds that a call may take to end which nobody needs to have ended
 T = TypeVar("T")
 
@@ -125,7 +127,20 @@ def _serve(errands: SimpleQueue[_Errand[Any] | None]) -> None:
 def _outlast(errand: _Errand[Any], seconds: float) -> None:
     """Wait until an errand is over, whatever further signals bring: the first one's exception is on its way."""
     until = time.monotonic() + seconds
+    _LEFT_BEHIND.add(errand)
     while time.monotonic() < until:
         with contextlib.suppress(BaseException):
             if errand.is_over_within(min(LOOK, max(until - time.monotonic(), 0.0))):
+                _LEFT_BEHIND.discard(errand)
                 return
+
+
+_LEFT_BEHIND: set[_Errand[Any]] = set()
+
+
+@atexit.register
+def _wait_for_those_left_behind() -> None:
+    """A thread that comes back from a library when the interpreter is gone takes the process down with it."""
+    until = time.monotonic() + PARTING
+    for errand in list(_LEFT_BEHIND):
+        _outlast(errand, max(until - time.monotonic(), 0.0))

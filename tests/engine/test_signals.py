@@ -350,3 +350,43 @@ def test_handlers_of_every_form_are_known_as_such(handler):
         signal.signal(SIGNAL, before)
     with pytest.raises(PeerLostError, match="an earlier call on it was interrupted by a signal"):
         average(1.0, group)
+
+
+EXITS = """
+import os, signal, sys, threading, time
+os.environ["FUNCAVG_NODE"] = "off"
+rank, store = int(sys.argv[1]), sys.argv[2]
+import torch.distributed as dist
+from funcavg import average
+from funcavg.collectives import connecting
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+dist.barrier()
+if rank == 1:
+    make = dist.ProcessGroupGloo
+    class Slow:
+        distributed_c10d, DistError = dist.distributed_c10d, dist.DistError
+        def ProcessGroupGloo(self, *args):
+            time.sleep(1.6)
+            return make(*args)
+    connecting.dist = Slow()
+    try:
+        average(1.0, timeout=6)
+    except Exception:
+        pass
+    os._exit(0)
+def stop(*_):
+    sys.exit(7)  # after a checkpoint, say
+signal.signal(signal.SIGTERM, stop)
+threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+average(1.0)
+"""
+
+
+def test_a_process_that_exits_while_it_connects_keeps_its_exit_status(tmp_path):
+    """Also where the peer comes while the interpreter ends."""
+    command = [sys.executable, "-c", EXITS]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE) for rank in (0, 1)
+    ]
+    said = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert ranks[0].returncode == 7, said[0].decode()
