@@ -15,10 +15,10 @@ from helpers.frameworks import dist, is_tensor, needed_by, no_grad, skip_without
 from helpers.processes import run_processes
 from helpers.trees import raw_memory
 
+import funcavg
 from funcavg import (
     FuncavgError,
     PeerLostError,
-    PeriodicModelAverager,
     TreeMismatchError,
     average,
     diloco,
@@ -436,7 +436,7 @@ def test_averagers_and_stand_ins_wait_as_long_as_they_are_told():
     def by_stand_in(group):
         parameter = torch.nn.Parameter(torch.ones(2))
         parameter.grad = torch.ones(2)
-        PeriodicModelAverager(1, process_group=group, timeout=0.3).average_parameters([parameter])
+        funcavg.PeriodicModelAverager(1, process_group=group, timeout=0.3).average_parameters([parameter])
 
     late_by(by_stand_in)
     late_by(lambda group: average(1.0, Defaulted(group)))  # the group's own
