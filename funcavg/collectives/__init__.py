@@ -7,7 +7,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from funcavg.collectives.base import Collective
 from funcavg.collectives.solo import Solo
@@ -63,10 +63,10 @@ def as_collective(group: Any = None) -> Collective | None:
         return over_mpi.collective_of(group)
     if isinstance(group, type):
         raise TypeError(f"average: group is a class, {group!r}; pass an instance of it")
-    if isinstance(group, Collective):
+    if not _missing(group):
         if not 0 <= group.rank < group.size:
             raise ValueError(f"average: group {group!r} has rank {group.rank} of size {group.size}")
-        return group
+        return cast("Collective", group)
     raise _rejection(group)
 
 
@@ -113,13 +113,20 @@ def _is_lone_world(comm: Any, mpi: Any) -> bool:
     return bool(mpi.Comm.Compare(comm, mpi.COMM_WORLD) == mpi.IDENT)
 
 
+def _missing(group: Any) -> list[str]:
+    """Return the members of a `Collective` that an object lacks.
+
+    From Python 3.12 on, isinstance does not see members that an object hands on to another by ``__getattr__``.
+    """
+    return [name for name in ("rank", "size", "gather", "exchange", "share") if not hasattr(group, name)]
+
+
 def _rejection(group: Any) -> TypeError:
     if isinstance(group, str) or (isinstance(group, tuple) and group and all(isinstance(n, str) for n in group)):
         return TypeError(
             f"average: group={group!r} is an axis name, which funcavg.average takes inside jax.shard_map only"
         )
-    missing = [name for name in ("rank", "size", "gather", "exchange", "share") if not hasattr(group, name)]
-    if len(missing) < 3:
+    if len(missing := _missing(group)) < 3:
         return TypeError(
             f"average: group {group!r} of type {type(group).__name__} is no Collective: it lacks {missing}"
         )
