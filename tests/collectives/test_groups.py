@@ -256,7 +256,9 @@ def test_the_default_timeout_depends_on_the_backend(monkeypatch, config, minutes
 
 def no_timeout_to_be_had(rank, path):
     group = Foreign(dist.ProcessGroupGloo(dist.FileStore(path, 2), rank, 2, timedelta(seconds=20)))
-    return as_collective(group).default_timeout
+    timeout = as_collective(group).default_timeout
+    dist.barrier()  # a rank that is gone before the other has connected would fail it
+    return timeout
 
 
 def test_a_group_that_does_not_say_its_timeout(tmp_path):
