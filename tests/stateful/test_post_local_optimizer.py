@@ -132,6 +132,7 @@ def test_pickles_find_the_default_group_again_and_others_say_what_to_do():
 
 def trained_by_lightning(rank):
     import lightning
+    from lightning.pytorch.plugins.environments import LightningEnvironment
     from torch.utils.data import DataLoader, TensorDataset
 
     class Module(lightning.LightningModule):
@@ -153,6 +154,7 @@ def trained_by_lightning(rank):
         max_epochs=1,
         accelerator="cpu",
         devices=1,
+        plugins=LightningEnvironment(),  # asked to find out, it imports mpi4py, which raises where MPI has no library
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
