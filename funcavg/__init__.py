@@ -12,6 +12,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from funcavg._average import average, start_average
+from funcavg._broadcast import broadcast
+from funcavg._differences import differences
 from funcavg._engine import Handle
 from funcavg._errors import FuncavgError, PeerLostError, TreeMismatchError
 from funcavg._schedule import should_average
@@ -40,6 +42,8 @@ __all__ = [
     "PostLocalSGDOptimizer",
     "TreeMismatchError",
     "average",
+    "broadcast",
+    "differences",
     "diloco",
     "hierarchical",
     "outer",

@@ -21,6 +21,8 @@ NAMES = [
     "PostLocalSGDOptimizer",
     "TreeMismatchError",
     "average",
+    "broadcast",
+    "differences",
     "diloco",
     "hierarchical",
     "outer",

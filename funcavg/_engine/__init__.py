@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from funcavg._engine.agree import Agreement
 from funcavg._engine.buckets import host_memory
-from funcavg._engine.engine import carry_out, move, reach_agreement
+from funcavg._engine.engine import carry_out, compare, move, reach_agreement
 from funcavg._engine.flight import Flight, Handle
 from funcavg._engine.mean import mean_into, tensor_mean_into
 from funcavg._engine.session import session_of
@@ -19,6 +19,7 @@ __all__ = [
     "Flight",
     "Handle",
     "carry_out",
+    "compare",
     "host_memory",
     "mean_into",
     "move",

@@ -38,10 +38,12 @@ class Agreement(NamedTuple):
 Gather = Callable[[bytes, float], list[bytes]]
 
 
-def agree(collective: Collective, claim: Claim, timeout: float, gather: Gather | None = None) -> Agreement | Exception:
+def agree(
+    collective: Collective, claim: Claim, timeout: float, gather: Gather | None = None, who: str = "average"
+) -> Agreement | Exception:
     """Exchange claims; return what follows from them, or the error that every rank is to raise.
 
-    ``gather`` is a faster way than the collective's, if there is one.
+    ``gather`` is a faster way than the collective's, if there is one. ``who`` is the function that is carried out.
     """
     ours = claim.header()
     payload = ours.pack()
@@ -55,27 +57,27 @@ def agree(collective: Collective, claim: Claim, timeout: float, gather: Gather |
     for rank, header in enumerate(headers):
         if (header.magic, header.version) != (ours.magic, ours.version):
             return FuncavgError(
-                f"average: rank {rank} speaks another version of the protocol ({header.magic!r} {header.version}, here "
+                f"{who}: rank {rank} speaks another version of the protocol ({header.magic!r} {header.version}, here "
                 f"{ours.magic!r} {ours.version}). Install the same funcavg on all ranks. {NOTHING_MOVED}"
             )
     failed = [rank for rank, header in enumerate(headers) if header.has_error]
     if failed:
-        return _share_error(collective, claim, failed, timeout)
+        return _share_error(collective, claim, failed, timeout, who)
     different = [rank for rank, header in enumerate(headers) if header.signature != headers[0].signature]
     if different:
-        return TreeMismatchError(_describe_mismatch(collective, claim, different, timeout))
+        return TreeMismatchError(f"{who}: {_describe_mismatch(collective, claim, different, timeout)}")
     same_ties = len({header.ties for header in headers}) == 1
     same_places = len({header.places for header in headers}) == 1
     donors = [rank for rank, header in enumerate(headers) if header.donates_ties]
     if donors and not same_ties:
         return ValueError(
-            f"average: donate=True on rank {donors[0]}, whose tree holds the same memory twice (tied leaves), where "
-            f"other ranks' trees do not: two means cannot be written to one place. Tie the same leaves on every rank, "
-            f"or pass donate=False. {NOTHING_MOVED}"
+            f"{who}: donate=True on rank {donors[0]}, whose tree holds the same memory twice (tied leaves), where "
+            f"other ranks' trees do not: two results cannot be written to one place. Tie the same leaves on every "
+            f"rank, or pass donate=False. {NOTHING_MOVED}"
         )
     weights = [header.weight for header in headers] if claim.weighted else None
     if weights is not None and not any(weights):
-        return ValueError(f"average: the weights of all {len(weights)} ranks are 0. {NOTHING_MOVED}")
+        return ValueError(f"{who}: the weights of all {len(weights)} ranks are 0. {NOTHING_MOVED}")
     return Agreement(weights, same_ties, same_places)
 
 
@@ -91,7 +93,7 @@ def _publish(collective: Collective, text: str, timeout: float) -> list[str]:
     return texts
 
 
-def _share_error(collective: Collective, claim: Claim, failed: list[int], timeout: float) -> Exception:
+def _share_error(collective: Collective, claim: Claim, failed: list[int], timeout: float, by: str) -> Exception:
     first = failed[0]
     text = ""
     if claim.error is not None and collective.rank == first:
@@ -102,7 +104,7 @@ def _share_error(collective: Collective, claim: Claim, failed: list[int], timeou
     if kind not in ERRORS:
         message = f"{kind}: {message}"
     message = message if message.endswith(".") else f"{message}."
-    error = ERRORS.get(kind, FuncavgError)(f"average: {who}{message}{also} {NOTHING_MOVED}")
+    error = ERRORS.get(kind, FuncavgError)(f"{by}: {who}{message}{also} {NOTHING_MOVED}")
     error.__cause__ = claim.error
     return error
 
@@ -136,7 +138,7 @@ def _describe_mismatch(collective: Collective, claim: Claim, different: list[int
             "FullyShardedDataParallel.summon_full_params(module), or over a group of ranks that hold the same part."
         )
     return (
-        f"average: ranks passed trees that do not match ({ranks}).\n{shown}{more}\n{NOTHING_MOVED} Every rank must "
+        f"ranks passed trees that do not match ({ranks}).\n{shown}{more}\n{NOTHING_MOVED} Every rank must "
         f"pass the same paths, shapes, dtypes, order and options.{hint}"
     )
 

@@ -8,7 +8,9 @@ from typing import Any
 
 from funcavg._engine.agree import Agreement, agree
 from funcavg._engine.buckets import Bucket, Lender, make_plan
+from funcavg._engine.copies import CopyLane, DeviceCopyLane, NodeCopyLane, StageSlots
 from funcavg._engine.device_slots import DEVICE_BUCKET
+from funcavg._engine.digests import digests_of, ranks_that_differ
 from funcavg._engine.lanes import Cargo, DeviceLane, Lane
 from funcavg._engine.node_lane import NodeLane, NodeSlots
 from funcavg._engine.session import Session, session_of
@@ -16,31 +18,33 @@ from funcavg._errors import PeerLostError
 from funcavg._trees import Layout, Request
 from funcavg.collectives.base import Collective
 
-__all__ = ["carry_out", "move", "reach_agreement"]
+__all__ = ["carry_out", "compare", "move", "reach_agreement"]
 
 
 def carry_out(request: Request, collective: Collective) -> list[Any]:
-    """Agree and move: return the means of the request's averaged leaves."""
+    """Agree and move: return the means of the request's averaged leaves, or the root's values."""
     return move(request, reach_agreement(request, collective), collective)
 
 
 def reach_agreement(request: Request, collective: Collective) -> Agreement:
     """Let all ranks agree about their requests, or raise the same error on each of them."""
     session = session_of(collective)
-    with _spending(session, collective):
-        outcome = agree(collective, request.claim, request.options.seconds(collective), session.gather)
+    purpose = request.options.purpose
+    with _spending(session, collective, purpose):
+        outcome = agree(collective, request.claim, request.options.seconds(collective), session.gather, purpose)
     if isinstance(outcome, Exception):  # every rank raises it, so the group stays usable
         raise outcome
     return outcome
 
 
 def move(request: Request, agreement: Agreement, collective: Collective, out: Sequence[Any] | None = None) -> list[Any]:
-    """Average the leaves that ranks have agreed about; return the results.
+    """Average the leaves that ranks have agreed about, or copy the root's to all; return the results.
 
     ``out`` are arrays to write them to, of the leaves' own kinds; else there will be new ones. Whoever passes it may
     free that memory, and the leaves', as soon as this returns or raises.
     """
-    session, donate = session_of(collective), request.options.donate
+    session, options = session_of(collective), request.options
+    donate, timeout = options.donate, options.seconds(collective)
     layout = request.layout
     assert layout is not None
     leaves, families = request.leaves, layout.families
@@ -48,7 +52,7 @@ def move(request: Request, agreement: Agreement, collective: Collective, out: Se
     carriers = list(leaves)
     for i in layout.special:
         carriers[i] = families[i].carrier(leaves[i])
-    with _spending(session, collective):
+    with _spending(session, collective, options.purpose):
         if out is not None:
             results = [family.carrier(array) for family, array in zip(families, out, strict=True)]
         elif donate and all([family.mutable for family in layout.members]):
@@ -68,13 +72,23 @@ def move(request: Request, agreement: Agreement, collective: Collective, out: Se
                 carriers,
                 results,
                 agreement.weights,
-                request.options.seconds(collective),
+                timeout,
                 land_in_results=not late or (out is None and not donate),
                 send_from_leaves=not late or out is None,
             )
             for lane in _lanes(request, agreement, collective, session):
                 lane.carry(cargo)
+            if options.root is not None:  # a root waits for nobody: without this, it could go on where others cannot
+                (session.gather or collective.gather)(b"arrived.", timeout)
     return _finish(request, leaves, results, ties)
+
+
+def compare(request: Request, collective: Collective) -> dict[int, list[int]]:
+    """Agree, and return the leaves that differ, with the ranks on which they are not as on rank 0."""
+    reach_agreement(request, collective)
+    session, options = session_of(collective), request.options
+    with _spending(session, collective, options.purpose):
+        return ranks_that_differ(digests_of(request), collective, session, options.seconds(collective))
 
 
 def _copy(layout: Layout, carriers: Sequence[Any], results: Sequence[Any], ties: Mapping[int, int]) -> None:
@@ -107,7 +121,7 @@ def _finish(request: Request, leaves: Sequence[Any], results: Sequence[Any], tie
 
 
 @contextmanager
-def _spending(session: Session, collective: Collective) -> Iterator[None]:
+def _spending(session: Session, collective: Collective, purpose: str) -> Iterator[None]:
     """Declare the group spent if anything goes wrong inside: ranks may then be at different places of a call."""
     try:
         yield
@@ -117,18 +131,19 @@ def _spending(session: Session, collective: Collective) -> Iterator[None]:
             collective.abort()
         if isinstance(error, PeerLostError):
             cure = "The group is spent: make a new one, and start from one rank's parameters or a checkpoint."
-            words = ["average:", str(error), cure, getattr(collective, "advice", "")]
+            words = [f"{purpose}:", str(error), cure, getattr(collective, "advice", "")]
             raise PeerLostError(" ".join(filter(None, words))) from error
         raise
 
 
 def _lanes(
     request: Request, agreement: Agreement, collective: Collective, session: Session
-) -> Iterator[Lane | NodeLane]:
+) -> Iterator[Lane | NodeLane | NodeCopyLane]:
     """Yield the lanes that a request needs: leaves on an accelerator first, if the transport has a way for them."""
     layout = request.layout
     assert layout is not None
     ties = request.ties if agreement.same_ties else {}
+    rank, root = collective.rank, request.options.root
     kept = [i for i in range(len(layout.leaves)) if i not in ties]
     on_device = [i for i in kept if layout.leaves[i].device]
 
@@ -143,16 +158,22 @@ def _lanes(
         if verbs is not None:
             slots = session.device_slots(device)
             buckets = plan(on_device, device, collective.size, DEVICE_BUCKET, slots)
-            natively = verbs.averages_natively(weighted=agreement.weights is not None)
             with slots.in_turn():  # until the lane has carried
-                yield DeviceLane(buckets, verbs, collective.rank, slots, natively)
+                if root is None:
+                    natively = verbs.averages_natively(weighted=agreement.weights is not None)
+                    yield DeviceLane(buckets, verbs, rank, slots, natively)
+                else:
+                    yield DeviceCopyLane(buckets, verbs, rank, root)
             kept = [i for i in kept if not layout.leaves[i].device]
     if not kept:
         return
     node = session.node(collective, request.options.seconds(collective))
-    if node is not None:
+    if node is None:
+        buckets = plan(kept, "cpu", collective.size, session.bucket_bytes, session.slots())
+        yield Lane(buckets, collective, rank) if root is None else CopyLane(buckets, collective, rank, root)
+    elif root is None:
         buckets = plan(kept, "node", node.rows, node.slot_bytes, NodeSlots(node))
         yield NodeLane(buckets, node, collective, session.crossing(node))
     else:
-        buckets = plan(kept, "cpu", collective.size, session.bucket_bytes, session.slots())
-        yield Lane(buckets, collective, collective.rank)
+        buckets = plan(kept, f"stage of {root}", node.rows, node.slot_bytes, StageSlots(node, root))
+        yield NodeCopyLane(buckets, node, collective, root)

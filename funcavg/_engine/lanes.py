@@ -47,7 +47,16 @@ class Lane:
         """Move all buckets. Large leaves are sent from, and their means received in, their own memory, if they may."""
         _pump(self, cargo)
 
-    def start(self, bucket: Bucket, source: Any, timeout: float) -> Pending | None:
+    def open(self, bucket: Bucket, cargo: Cargo) -> tuple[Any, Any]:
+        """Return the rows that this rank gives, and those that are to hold the result."""
+        source = bucket.rows_in(cargo.carriers) if cargo.send_from_leaves else None
+        target = bucket.rows_in(cargo.results) if cargo.land_in_results else None
+        if source is None:
+            bucket.pack(cargo.carriers)
+            source = bucket.mine
+        return source, bucket.mine if target is None else target
+
+    def start(self, bucket: Bucket, source: Any, target: Any, timeout: float) -> Pending | None:
         """Send every rank its shard."""
         pending: Pending | None = self.collective.exchange(source, bucket.theirs, timeout)
         return pending
@@ -74,7 +83,7 @@ class DeviceLane(Lane):
         super().__init__(plan, collective, rank)
         self.slots, self.natively = slots, natively  # memory; dtypes
 
-    def start(self, bucket: Bucket, source: Any, timeout: float) -> Pending | None:
+    def start(self, bucket: Bucket, source: Any, target: Any, timeout: float) -> Pending | None:
         pending: Pending | None
         if bucket.element in self.natively:
             pending = self.collective.average(self.typed(source, bucket), timeout)
@@ -113,30 +122,25 @@ class _Transit(NamedTuple):
 
 
 def _pump(lane: Lane, cargo: Cargo) -> None:
-    carriers, results, weights, timeout, land_in_results, send_from_leaves = cargo
+    timeout = cargo.timeout
     exchanging: deque[_Transit] = deque()
     sharing: deque[_Transit] = deque()
     for bucket in chain(lane.plan, [None] * (2 * lane.ahead)):  # the last rounds empty the pipeline
         if bucket is not None:
-            source = bucket.rows_in(carriers) if send_from_leaves else None
-            target = bucket.rows_in(results) if land_in_results else None
-            if source is None:
-                bucket.pack(carriers)
-                source = bucket.mine
+            source, target = lane.open(bucket, cargo)
             _points.reached("copied_in", bucket.number)
-            pending = lane.start(bucket, source, timeout)
-            exchanging.append(_Transit(bucket, source, bucket.mine if target is None else target, pending))
+            exchanging.append(_Transit(bucket, source, target, lane.start(bucket, source, target, timeout)))
         if len(exchanging) > lane.ahead or (bucket is None and exchanging):
             ready, source, target, _ = exchanging.popleft().arrived()
             _points.reached("arrived", ready.number)
-            lane.reduce(ready, source, target, weights)
+            lane.reduce(ready, source, target, cargo.weights)
             _points.reached("reduced", ready.number)
             sharing.append(_Transit(ready, source, target, lane.finish(ready, target, timeout)))
         if len(sharing) > lane.ahead or (not exchanging and sharing):
             done = sharing.popleft().arrived()
             if done.target is done.bucket.mine:
-                done.bucket.unpack(results)
+                done.bucket.unpack(cargo.results)
             elif done.bucket.own is not None:
                 family, leaf, *_ = done.bucket.own
-                family.written(results[leaf])
+                family.written(cargo.results[leaf])
             _points.reached("copied_out", done.bucket.number)

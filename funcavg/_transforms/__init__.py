@@ -2,7 +2,7 @@
 
 Over an axis name of JAX's (`axis.py`); over replicas that this process holds (`replicas.py`); while JAX traces
 (`jax.py`); under torch's transforms, and where gradients are recorded (`torch.py`); and plainly (`plain.py`). While
-torch records a program (`recorders.py`) it is refused.
+torch records a program (`recorders.py`) it is refused. What takes leaves as bits is done plainly (`exactly.py`).
 """
 
 from __future__ import annotations
@@ -11,12 +11,24 @@ from typing import Any, Protocol
 
 from funcavg._engine import Handle
 from funcavg._transforms import axis, jax, plain, recorders, replicas, torch
+from funcavg._transforms.axis import broadcast as broadcast_over_axis
 from funcavg._transforms.axis import is_axis
 from funcavg._transforms.call import Call
+from funcavg._transforms.exactly import described
 from funcavg._transforms.jax import is_traced
 from funcavg._transforms.replicas import Stacked, stacked
 
-__all__ = ["Call", "Stacked", "Way", "is_axis", "is_traced", "stacked", "way_of"]
+__all__ = [
+    "Call",
+    "Stacked",
+    "Way",
+    "broadcast_over_axis",
+    "described",
+    "is_axis",
+    "is_traced",
+    "stacked",
+    "way_of",
+]
 
 
 class Way(Protocol):

@@ -7,16 +7,16 @@ program, so there is nothing to agree about.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from funcavg._engine import Handle, reach_agreement
 from funcavg._transforms.call import Call
-from funcavg._trees import make_request
+from funcavg._trees import Request, make_request
 from funcavg.collectives.solo import Solo
 
-__all__ = ["average", "is_axis", "start", "takes"]
+__all__ = ["average", "broadcast", "is_axis", "start", "takes"]
 
 
 def is_axis(group: Any) -> bool:
@@ -39,7 +39,7 @@ def start(call: Call) -> Handle[Any]:
 def average(call: Call) -> Any:
     """Return the mean over an axis. Sums are in float32, in float64 for float64 leaves."""
     axis, weight = call.group, call.options.weight
-    size = _size(axis)
+    size = _size(call)
     import jax
 
     traced = isinstance(weight, jax.Array)
@@ -52,15 +52,73 @@ def average(call: Call) -> Any:
         if not float(weight):
             raise ValueError("average: the weights of all ranks are 0")
         weight = None
-    # Numbers are the same on all ranks, which run one program.
-    moving = [i for i, leaf in enumerate(request.leaves) if not isinstance(leaf, (float, complex))]
+    return _with_arrays_replaced(request, lambda leaves: _means(leaves, axis, size, weight))
+
+
+def broadcast(call: Call) -> Any:
+    """Return the tree of the rank ``root`` of an axis: bits are summed, of which all ranks but one have none."""
+    axis, root, size = call.group, call.options.root, _size(call)
+    import jax
+
+    if not isinstance(root, int) or not 0 <= root < size:
+        raise ValueError(f"{call.who}: root must be a rank of the axis, 0 to {size - 1}, got {root!r}")
+    request = make_request(call.flat, replace(call.options, donate=False), wrapped=True)
+    reach_agreement(request, Solo())
+
+    lax: Any = jax.lax  # parts of it have no types
+
+    def of_root(leaves: Sequence[Any]) -> list[Any]:
+        here = lax.axis_index(axis) == root
+        bits = jax.tree_util.tree_map(lambda word: word * here.astype(word.dtype), [_to_bits(leaf) for leaf in leaves])
+        return [_like(_from_bits(words, leaf), leaf) for words, leaf in zip(lax.psum(bits, axis), leaves, strict=True)]
+
+    return _with_arrays_replaced(request, of_root)
+
+
+def _to_bits(leaf: Any) -> Any:
+    """Return integers that can be summed and hold what a leaf is made of."""
+    import jax
+
+    jnp: Any = jax.numpy
+    bitcast = jax.lax.bitcast_convert_type
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.key_data(leaf)
+    if leaf.dtype.kind == "c":
+        return [_to_bits(leaf.real), _to_bits(leaf.imag)]
+    if leaf.dtype == bool or jnp.issubdtype(leaf.dtype, jnp.integer):
+        return leaf.astype(jnp.int8) if leaf.dtype == bool or jnp.iinfo(leaf.dtype).bits < 8 else leaf
+    width = jnp.finfo(leaf.dtype).bits
+    return bitcast(leaf, f"uint{width}") if width >= 8 else bitcast(leaf.astype(jnp.float32), "uint32")
+
+
+def _from_bits(words: Any, leaf: Any) -> Any:
+    import jax
+
+    jnp: Any = jax.numpy
+    bitcast = jax.lax.bitcast_convert_type
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
+    if leaf.dtype.kind == "c":
+        return jax.lax.complex(
+            *[_from_bits(word, part) for word, part in zip(words, (leaf.real, leaf.imag), strict=True)]
+        )
+    if leaf.dtype == bool or jnp.issubdtype(leaf.dtype, jnp.integer):
+        return words.astype(leaf.dtype)
+    whole = bitcast(words, leaf.dtype if jnp.finfo(leaf.dtype).bits >= 8 else "float32")
+    return whole.astype(leaf.dtype)
+
+
+def _with_arrays_replaced(request: Request, replace_all: Callable[[Sequence[Any]], Sequence[Any]]) -> Any:
+    """Return the tree with its arrays replaced. Numbers are the same on all ranks, which run one program."""
     leaves = list(request.leaves)
-    for i, mean in zip(moving, _means([_as_jax(leaves[i]) for i in moving], axis, size, weight), strict=True):
-        leaves[i] = mean
+    moving = [i for i, leaf in enumerate(leaves) if not isinstance(leaf, (int, float, complex))]
+    for i, result in zip(moving, replace_all([_as_jax(leaves[i]) for i in moving]), strict=True):
+        leaves[i] = result
     return request.rebuild(leaves)
 
 
-def _size(axis: Any) -> int:
+def _size(call: Call) -> int:
+    axis, who = call.group, call.who
     jax: Any = sys.modules.get("jax")
     try:
         if jax is None:
@@ -68,7 +126,7 @@ def _size(axis: Any) -> int:
         return int(jax.lax.axis_size(axis))
     except NameError as error:
         raise ValueError(
-            f"average: group={axis!r} is an axis name, but no such axis is bound here ({error}). Call average inside "
+            f"{who}: group={axis!r} is an axis name, but no such axis is bound here ({error}). Call {who} inside "
             f"jax.shard_map, jax.pmap or jax.vmap(..., axis_name={axis!r})."
         ) from error
 

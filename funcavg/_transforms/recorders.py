@@ -15,7 +15,7 @@ from funcavg._engine import Flight, Handle, carry_out, session_of
 from funcavg._transforms.call import Call
 from funcavg._trees import failed_request
 
-__all__ = ["average", "start", "takes"]
+__all__ = ["average", "outside", "recorder", "start", "takes"]
 
 MODES = {  # of torch's, by their classes' names
     "ProxyTorchDispatchMode": "make_fx, or torch.export",
@@ -26,14 +26,14 @@ MODES = {  # of torch's, by their classes' names
 
 def takes(call: Call) -> bool:
     """Take whatever is averaged while torch records."""
-    return bool(_recorder()) and call.collective is not None
+    return bool(recorder()) and call.collective is not None
 
 
 def average(call: Call) -> Any:
     """Raise on every rank."""
     collective, request = call.collective, failed_request(RuntimeError(_words()), call.options)
     assert collective is not None
-    with _not_recorded(), session_of(collective).entered(call.who):
+    with outside(), session_of(collective).entered(call.who):
         return carry_out(request, collective)
 
 
@@ -42,17 +42,17 @@ def start(call: Call) -> Handle[Any]:
     collective, request = call.collective, failed_request(RuntimeError(_words()), call.options)
     assert collective is not None
     session_of(collective).enter(call.who)
-    return Handle(None, Flight(request, collective, _not_recorded))
+    return Handle(None, Flight(request, collective, outside))
 
 
 def _words() -> str:
     return (
-        f"this is run under {_recorder()}, which would leave an average out of what it records, or has no values to "
+        f"this is run under {recorder()}, which would leave an average out of what it records, or has no values to "
         f"average. Average outside of it"
     )
 
 
-def _recorder() -> str:
+def recorder() -> str:
     """Return what records, "" if nothing does. Private to torch; tested with release 2.13."""
     torch: Any = sys.modules.get("torch")
     if torch is None:
@@ -73,8 +73,8 @@ def _recorder() -> str:
 
 
 @contextmanager
-def _not_recorded() -> Iterator[None]:
-    """Let torch do what follows: ranks tell each other by tensors, too."""
+def outside() -> Iterator[None]:
+    """Let torch do what follows, and neither record nor transform it: ranks tell each other by tensors, too."""
     torch: Any = sys.modules["torch"]
     state = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)

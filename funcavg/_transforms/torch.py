@@ -23,7 +23,7 @@ from funcavg._transforms.call import Call
 from funcavg._trees import Request, is_dtensor, make_request, wrap_local_tensor
 from funcavg.collectives import Collective
 
-__all__ = ["average", "is_transformed", "start", "takes"]
+__all__ = ["average", "is_transformed", "is_under_transform", "start", "takes"]
 
 
 def takes(call: Call) -> bool:
@@ -44,11 +44,21 @@ def is_transformed(everything: Sequence[Any]) -> bool:
     torch = sys.modules.get("torch")
     if torch is None:
         return False
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-        return any(isinstance(leaf, torch.Tensor) for leaf in everything)
+    if is_under_transform(everything):
+        return True
     if not torch.is_grad_enabled():
         return False
     return any([leaf.requires_grad for leaf in everything if isinstance(leaf, torch.Tensor)])
+
+
+def is_under_transform(everything: Sequence[Any]) -> bool:
+    """Say whether a transform of ``torch.func``, or forward mode, is active where there are tensors."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return False
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return any(isinstance(leaf, torch.Tensor) for leaf in everything)
+    return False
 
 
 def average(call: Call) -> Any:

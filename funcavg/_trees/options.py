@@ -19,15 +19,30 @@ LONGEST = 1e7  # seconds; clocks take no more than some 1e9
 
 @dataclass(frozen=True)
 class Options:
-    """The options of `funcavg.average`.
+    """The options of `funcavg.average`, `funcavg.broadcast` and `funcavg.differences`.
 
-    Mistakes in the weight or in ``where`` are found where the tree is described, for they are every rank's business.
+    Mistakes in the weight, the root or ``where`` are found where the tree is described, for they are every rank's
+    business.
     """
 
     weight: Any = None  # a number; of stacked replicas one for each; while JAX traces, maybe a tracer
     where: Where | None = None
     donate: bool = False
     timeout: Any = None  # a float or None, once checked
+    purpose: str = "average"  # or the name of another function, whose options these are
+    root: Any = None  # the rank whose values all get
+
+    @property
+    def exactly(self) -> bool:
+        """Whether leaves are carried or compared bit for bit, so that those of every dtype take part."""
+        return self.purpose != "average"
+
+    @property
+    def line(self) -> str:
+        """What all ranks must have asked for."""
+        if self.root is not None:
+            return f"{self.purpose} from rank {self.root}"
+        return self.purpose if self.exactly else "without weight" if self.weight is None else "with a weight"
 
     def checked(self, who: str) -> Options:
         """Raise what is wrong with the timeout, on this rank: there is no telling how long the others would wait."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcavg._trees import containers
-from funcavg._trees.arrays import Family, Leaf, family_of, type_name
+from funcavg._trees.arrays import Family, Leaf, exact_family_of, family_of, type_name
 from funcavg._trees.claim import Claim, digest
 from funcavg._trees.containers import Flat
 from funcavg._trees.options import Options, Where
@@ -20,6 +20,7 @@ from funcavg._trees.options import Options, Where
 __all__ = ["Layout", "Request", "check_weight", "failed_request", "make_request"]
 
 BAD_SHOWN = 5
+LEFT_OUT = "not averaged"
 
 
 @dataclass(frozen=True, eq=False)  # a key by identity
@@ -80,7 +81,7 @@ def make_request(flat: Flat, options: Options, *, only: frozenset[int] | None = 
         number = check_weight(options.weight)
         if only is None and options.where is not None:
             only = _accepted(flat.spec, options.where)
-        layout = _layout_of(flat, only)
+        layout = _layout_of(flat, only, exactly=options.exactly)
         if layout.hollow and not wrapped:
             first, *more = (layout.lines[i] for i in layout.averaged)
             raise ValueError(
@@ -97,15 +98,13 @@ def make_request(flat: Flat, options: Options, *, only: frozenset[int] | None = 
                 _check_donation(layout, leaves, addresses, ties)
     except Exception as mistake:  # whatever it is, the other ranks must hear of it
         return failed_request(mistake, options)
-    weighted = options.weight is not None
-    line = "with a weight" if weighted else "without weight"
     claim = Claim(
-        digest([line, layout.signature.hex()]),
-        [line, *layout.lines],
+        digest([options.line, layout.signature.hex()]),
+        [options.line, *layout.lines],
         digest([repr(sorted(ties.items()))]),
         digest([layout.on_device]),
         number,
-        weighted,
+        options.weight is not None,
         donates_ties=options.donate and bool(ties),
     )
     return Request(flat, layout, claim, options, ties, only)
@@ -150,12 +149,13 @@ _LAYOUTS: OrderedDict[Hashable, Layout] = OrderedDict()
 LAYOUTS = 32  # remembered
 
 
-def _layout_of(flat: Flat, only: frozenset[int] | None) -> Layout:
+def _layout_of(flat: Flat, only: frozenset[int] | None, *, exactly: bool) -> Layout:
     everything = flat.leaves
     types = tuple(map(type, everything))
-    by_type = {kind: family_of(leaf) for kind, leaf in dict(zip(types, everything, strict=True)).items()}
+    kind_of = exact_family_of if exactly else family_of
+    by_type = {kind: kind_of(leaf) for kind, leaf in dict(zip(types, everything, strict=True)).items()}
     families = [by_type[kind] for kind in types]
-    parts: list[Hashable] = [flat.spec, types, only]
+    parts: list[Hashable] = [flat.spec, types, only, exactly]
     try:
         for family in dict.fromkeys(by_type.values()):
             if only is None and len(by_type) == 1:
@@ -165,14 +165,14 @@ def _layout_of(flat: Flat, only: frozenset[int] | None) -> Layout:
                 chosen = [everything[i] for i in members]
             parts.append(family.signature(chosen))
     except Exception:  # a leaf that cannot even say its shape: found again below, and named
-        return _describe_all(flat, families, only)
+        return _describe_all(flat, families, only, exactly=exactly)
     key = tuple(parts)
     layout = None
     # What a container keeps beside its children, such as an array, may not let itself be hashed or compared.
     with contextlib.suppress(Exception):
         layout = _LAYOUTS.get(key)
     if layout is None:
-        layout = _describe_all(flat, families, only)
+        layout = _describe_all(flat, families, only, exactly=exactly)
         with contextlib.suppress(Exception):
             _LAYOUTS[key] = layout
             while len(_LAYOUTS) > LAYOUTS:
@@ -180,12 +180,12 @@ def _layout_of(flat: Flat, only: frozenset[int] | None) -> Layout:
     return layout
 
 
-def _describe_all(flat: Flat, families: list[Family], only: frozenset[int] | None) -> Layout:
+def _describe_all(flat: Flat, families: list[Family], only: frozenset[int] | None, *, exactly: bool) -> Layout:
     everything, names = flat.leaves, containers.names(flat.spec)
     lines, bad, averaged, leaves = [], [], [], []
     for i, (leaf, family) in enumerate(zip(everything, families, strict=True)):
         if only is not None and i not in only:
-            lines.append(f"{names[i]}: not averaged")
+            lines.append(f"{names[i]}: {LEFT_OUT}")
             continue
         try:
             described = family.describe(leaf)
@@ -202,8 +202,9 @@ def _describe_all(flat: Flat, families: list[Family], only: frozenset[int] | Non
             leaves.append(described)
     if bad:
         shown = "; ".join(bad[:BAD_SHOWN]) + (f"; and {len(bad) - BAD_SHOWN} more" if len(bad) > BAD_SHOWN else "")
+        cannot = "cannot be taken as bits" if exactly else "can be neither averaged nor passed through"
         raise TypeError(
-            f"{len(bad)} of {len(everything)} leaves can be neither averaged nor passed through: {shown}. Leaves must "
+            f"{len(bad)} of {len(everything)} leaves {cannot}: {shown}. Leaves must "
             f"be arrays, numbers, bools or None; leave others out with where=, or with equinox.partition."
         )
     chosen = [families[i] for i in averaged]

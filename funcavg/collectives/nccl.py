@@ -62,6 +62,13 @@ class DeviceVerbs:
         options.reduceOp = dist.ReduceOp.AVG
         return self._under_way(lambda: self._group.allreduce([tensor], options), tensor.device, timeout)
 
+    def broadcast(self, buffer: Any, root: int, timeout: float) -> Pending:
+        """Replace the tensor by that of rank ``root``."""
+        self._owner.bytes_sent += buffer.nbytes  # in a ring, whose last rank sends nothing
+        options: Any = dist.BroadcastOptions()
+        options.rootRank = root
+        return self._under_way(lambda: self._group.broadcast([buffer], options), buffer.device, timeout)
+
     def exchange(self, send: Any, receive: Any, timeout: float) -> Pending:
         """As `Collective.exchange`, with tensors."""
         self._owner.bytes_sent += (self.size - 1) * send.nbytes // self.size

@@ -64,6 +64,21 @@ class Rows:
         mine = buffer[self.rank]
         return self.transfer([(p, mine) for p in peers], [(p, buffer[p]) for p in reversed(peers)], timeout)
 
+    def scatter(self, buffer: Buffer, root: int, timeout: float) -> Pending:
+        """Let ``root`` send each rank the row of that number, and its own row, which it alone has, to all."""
+        if self.rank != root:
+            return self.transfer([], [(root, buffer[self.rank]), (root, buffer[root])], timeout)
+        peers = self._peers()
+        return self.transfer([(p, row) for p in peers for row in (buffer[p], buffer[root])], [], timeout)
+
+    def share_scattered(self, buffer: Buffer, root: int, timeout: float) -> Pending | None:
+        """Send this rank's row to all but ``root``, which has it; receive theirs."""
+        peers = [peer for peer in self._peers() if peer != root]
+        if self.rank == root or not peers:
+            return None
+        mine = buffer[self.rank]
+        return self.transfer([(p, mine) for p in peers], [(p, buffer[p]) for p in reversed(peers)], timeout)
+
 
 class Channel(Rows):
     """Some ranks of a group: what joins one rank of every node. The group's transport counts what is sent."""

@@ -15,10 +15,10 @@ sends and receives are used, in the caller's thread.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import threading
 import time
 import weakref
+from collections import defaultdict
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -110,7 +110,8 @@ class TorchCollective(Rows):
         self._given_up = threading.Event()
         self.connected_on_device = False
         self.waiter = Waiter()
-        self._tags = itertools.count(), itertools.count()  # of the group's transfers, and of channels'
+        # Of what has gone to and come from each peer, the group's transfers and channels' apart.
+        self._sent, self._received = (defaultdict[tuple[int, bool], int](int) for _ in range(2))
 
     def __repr__(self) -> str:
         return f"<rank {self.rank} of {self.size} of a torch process group>"
@@ -153,10 +154,15 @@ class TorchCollective(Rows):
     def transfer(self, send: Ways, receive: Ways, timeout: float, *, channel: bool = False) -> Pending:
         """Start sends and receives."""
         group: Any = self._group() if self.in_callers_thread else self._connected(timeout)
-        tag = (next(self._tags[channel]) & 0xFFFF) + (channel << 16)
+
+        def tag(counts: dict[tuple[int, bool], int], peer: int) -> int:
+            """Return what only the transfer in the same place between the two ranks has."""
+            counts[peer, channel] += 1
+            return (counts[peer, channel] & 0xFFFF) + (channel << 16)
+
         with translate_errors(self._me(), "to start a transfer", timeout):
-            works = [(peer, group.recv([torch.from_numpy(row)], peer, tag)) for peer, row in receive]
-            works += [(peer, group.send([torch.from_numpy(row)], peer, tag)) for peer, row in send]
+            works = [(p, group.recv([torch.from_numpy(row)], p, tag(self._received, p))) for p, row in receive]
+            works += [(p, group.send([torch.from_numpy(row)], p, tag(self._sent, p))) for p, row in send]
         self.bytes_sent += sum(row.nbytes for _, row in send)
 
         def finish() -> None:

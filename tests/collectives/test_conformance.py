@@ -16,7 +16,15 @@ from helpers.frameworks import Skip, dist, torch
 from helpers.processes import run_processes
 from helpers.trees import assert_is_mean, bits
 
-from funcavg import Collective, PeerLostError, TreeMismatchError, average, start_average
+from funcavg import (
+    Collective,
+    PeerLostError,
+    TreeMismatchError,
+    average,
+    broadcast,
+    differences,
+    start_average,
+)
 from funcavg.collectives import Solo, as_collective
 from funcavg.testing import run_ranks
 
@@ -322,6 +330,87 @@ def start_average_and_wait(group):
     assert handle.done()
     assert_mean(result, [tree_of(r) for r in range(size)])
     return bits_of(result)
+
+
+def replica_of(rank):
+    """A tree of whatever can be broadcast, of several buckets, some leaves in memory of their own."""
+    rng = np.random.default_rng(rank)
+    return tree_of(rank) | {
+        "large": rng.integers(0, 256, 700_001, np.uint8),
+        "integers": rng.integers(-9, 9, (300_000, 2)),
+        "turned": full((999, 301), float(rank)).T,
+        "nan": np.array([0x7FC00000 + rank, 0xFF800001], np.uint32).view(np.float32),
+        "nothing": [np.zeros(0), None, 3 * rank, rank == 1],
+    }
+
+
+@case
+def broadcast_copies_every_leaf(group):
+    _, rank, size = facts(group)
+    for root in {0, size // 2, size - 1}:
+        tree = replica_of(rank)
+        result = broadcast(tree, group, root=root)
+        assert bits_of(result) == bits_of(replica_of(root))
+        assert bits_of(tree) == bits_of(replica_of(rank))
+        assert result["large"] is not tree["large"]
+        assert result["nothing"][1:] == [None, 3 * root, root == 1]
+    return
+
+
+@case
+def broadcast_writes_to_donated_memory(group):
+    _, rank, size = facts(group)
+    tree = replica_of(rank)
+    result = broadcast(tree, group, root=size - 1, donate=True)
+    assert all(result[name] is tree[name] for name in tree if hasattr(tree[name], "shape"))
+    assert bits_of(result) == bits_of(replica_of(size - 1))
+
+
+@case
+def broadcast_costs_what_it_says(group):
+    """The root sends less than twice the bytes, and the others less than once; by verbs alone, as for an average."""
+    collective, rank, size = facts(group)
+    leaf = np.full(3_000_000, rank, np.uint8)
+    broadcast([leaf], group, root=size - 1)  # connects, and looks for ranks of the same host
+    before = getattr(collective, "bytes_sent", 0)
+    broadcast([leaf], group, root=size - 1)
+    sent = getattr(collective, "bytes_sent", 0) - before
+    in_memory = collective.among if hasattr(collective, "among") else None
+    if in_memory and os.environ.get("FUNCAVG_NODE") != "off":  # everyone reads the root's
+        limit = (size - 1) * leaf.nbytes if rank == size - 1 else 0
+    elif in_memory:
+        limit = (2 * (size - 1) if rank == size - 1 else size - 2) * leaf.nbytes / size
+    else:
+        limit = 2 * (size - 1) * leaf.nbytes / size
+    assert limit <= sent + (not hasattr(collective, "bytes_sent")) * limit
+    assert sent <= limit + 2000
+
+
+@case
+def roots_that_differ_are_refused_alike(group):
+    _, rank, size = facts(group)
+    if size == 1:
+        return None
+    with pytest.raises(
+        TreeMismatchError, match="rank 0 broadcast from rank 0,  rank 1 broadcast from rank 1"
+    ) as caught:
+        broadcast(1.0, group, root=int(rank > 0))
+    assert broadcast(rank, group, root=1) == 1  # the group is as good as before
+    return str(caught.value)
+
+
+@case
+def differences_name_leaves_and_ranks(group):
+    _, rank, size = facts(group)
+    tree = replica_of(0)
+    assert differences(tree, group) == []
+    if rank == size - 1 > 0:
+        tree["turned"][7, 7] = -1.0
+        tree["nothing"][2] = 4
+    expected = [f"params_tree['nothing'][2] on rank {size - 1}", f"params_tree['turned'] on rank {size - 1}"]
+    found = differences(tree, group)
+    assert found == (expected if size > 1 else [])
+    return found
 
 
 @case

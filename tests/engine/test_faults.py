@@ -14,7 +14,7 @@ from helpers import mpi
 from helpers.frameworks import dist, skip_without, torch
 from helpers.processes import run_processes
 
-from funcavg import PeerLostError, _points, average
+from funcavg import PeerLostError, _points, average, broadcast
 from funcavg._engine.session import session_of
 from funcavg.collectives import as_collective
 
@@ -23,9 +23,10 @@ PER_BUCKET = ["copied_in", "arrived", "reduced", "copied_out"]
 MODES = {"flat": "off", "node": "one"}
 
 
-def points_of(mode):
+def points_of(mode, method="average"):
     """Name the points of a call: (point, whether at its last bucket rather than its first)."""
-    return [(p, False) for p in ONCE if mode == "node"] + [(p, last) for p in PER_BUCKET for last in (False, True)]
+    points = [p for p in PER_BUCKET if (mode, method, p) != ("node", "broadcast", "reduced")]  # nobody reduces
+    return [(p, False) for p in ONCE if mode == "node"] + [(p, last) for p in points for last in (False, True)]
 
 
 def tree_of(rank):
@@ -35,8 +36,14 @@ def tree_of(rank):
     }
 
 
-def is_mean(tree, size):
-    shift = (size - 1) / 2
+METHODS = {  # and by how much its result is shifted from rank 0's tree
+    "average": (average, lambda size: (size - 1) / 2),
+    "broadcast": (lambda tree, group, timeout=None: broadcast(tree, group, root=1, timeout=timeout), lambda size: 1),
+}
+
+
+def is_mean(tree, size, method="average"):
+    shift = METHODS[method][1](size)
     large = torch.equal(tree["large"], torch.arange(1_500_000.0) + shift)
     return large and (tree["small"][0] == shift).all() and (tree["small"][1] == shift).all().item()
 
@@ -76,15 +83,16 @@ def left_behind():
     return kept + [line for line in Path("/proc/self/maps").read_text().splitlines() if "funcavg" in line]
 
 
-def one_scenario(group, point, last, action, victim, timeout):
+def one_scenario(group, point, last, action, victim, timeout, method="average"):
     """Return what happened on this rank."""
+    call, _ = METHODS[method]
     rank, size = group.rank, group.size
     if callable(rank):  # of a torch group
         rank, size = rank(), size()
     highest = {}
     _points.reached = lambda where, number=0: highest.update({where: max(number, highest.get(where, 0))})
     if point not in ONCE:
-        average(tree_of(rank), group, timeout=20)  # the group is warm, and the last bucket known
+        call(tree_of(rank), group, timeout=20)  # the group is warm, and the last bucket known
     at = highest.get(point, 0) if last else 0
     armed = [rank == victim]
 
@@ -97,12 +105,12 @@ def one_scenario(group, point, last, action, victim, timeout):
     tree, outcome = tree_of(rank), "returned"
     begin = time.monotonic()
     try:
-        result = average(tree, group, timeout=timeout)
+        result = call(tree, group, timeout=timeout)
     except (PeerLostError, Injected) as error:
         outcome = type(error).__name__
     took = time.monotonic() - begin
     if outcome == "returned":
-        assert is_mean(result, size), f"a wrong tree after {action} at {point}"
+        assert is_mean(result, size, method), f"a wrong tree after {action} at {point}"
     else:
         begin = time.monotonic()
         with pytest.raises(PeerLostError, match="this group is spent"):
@@ -113,13 +121,13 @@ def one_scenario(group, point, last, action, victim, timeout):
     return outcome, took, armed[0]
 
 
-def all_scenarios(new_group, barrier, size, mode, action, timeout):
+def all_scenarios(new_group, barrier, size, mode, action, timeout, method="average"):
     os.environ["FUNCAVG_NODE"] = MODES[mode]
     outcomes = {}
-    for point, last in points_of(mode):
+    for point, last in points_of(mode, method):
         for victim in (0, size - 1):
             group = new_group()
-            outcomes[point, last, victim] = one_scenario(group, point, last, action, victim, timeout)
+            outcomes[point, last, victim] = one_scenario(group, point, last, action, victim, timeout, method)
             _points.reached = lambda where, number=0: None
             barrier()
             session_of(as_collective(group)).spend(RuntimeError("over"), late_writes=False)  # else its window stays
@@ -156,8 +164,26 @@ def test_faults_that_a_rank_survives_under_mpi(action, size, mode):
     assert_all_went_well(ranks, mode, action, timeout, closes=False)
 
 
-def assert_all_went_well(ranks, mode, action, timeout, *, closes):
-    """``closes``: whether a rank that fails closes its connections, so that others hear of it."""
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("action", TIMEOUTS)
+def test_faults_of_a_broadcast(action, mode):
+    """The root has sent all before others are lost, and hears of it nevertheless."""
+    timeout = TIMEOUTS[action]
+    ranks = run_processes(2, over_gloo, 2, mode, action, timeout, "broadcast", timeout=100)
+    assert_all_went_well(ranks, mode, action, timeout, closes=True, always=True)
+
+
+@pytest.mark.mpi
+def test_faults_of_a_broadcast_under_mpi():
+    ranks = mpi.run_mpi(3, over_mpi, 3, "node", "raise", 4.0, "broadcast", timeout=100)
+    assert_all_went_well(ranks, "node", "raise", 4.0, closes=False, always=True)
+
+
+def assert_all_went_well(ranks, mode, action, timeout, *, closes, always=False):
+    """``closes``: whether a rank that fails closes its connections, so that others hear of it.
+
+    ``always``: whether others never return, since all ranks meet once more at the end.
+    """
     size = len(ranks)
     for scenario in ranks[0]:
         point, last, victim = scenario
@@ -173,13 +199,24 @@ def assert_all_went_well(ranks, mode, action, timeout, *, closes):
         # Before there is a node, MPI has no connections to close.
         bound = 2.0 if action == "raise" and mode == "node" and (closes or point not in ONCE) else timeout + 1.0
         assert all(took < bound for _, took, _ in survivors), (scenario, outcomes)
-        if not (point == "copied_out" or (point in ("reduced", "arrived") and last)):
+        if always or not (point == "copied_out" or (point in ("reduced", "arrived") and last)):
             assert {outcome for outcome, *_ in survivors} == {"PeerLostError"}, (scenario, outcomes)
 
 
-def killed(rank, mode, point, last, victim):
+def killed(rank, mode, point, last, victim, method="average"):
     os.environ["FUNCAVG_NODE"] = MODES[mode]
-    return one_scenario(dist.group.WORLD, point, last, "kill", victim, 10.0)[:2]
+    return one_scenario(dist.group.WORLD, point, last, "kill", victim, 10.0, method)[:2]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(("point", "last"), [("copied_in", False), ("arrived", True), ("copied_out", True)])
+def test_a_rank_is_killed_in_a_broadcast(mode, point, last, victim):
+    """The root is rank 1."""
+    for found in filter(None, run_processes(3, killed, mode, point, last, victim, "broadcast", dies=(victim,))):
+        outcome, took = found
+        assert outcome == "PeerLostError"
+        assert took < 9
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ __all__ = [
     "Family",
     "Leaf",
     "StandIn",
+    "exact_family_of",
     "family_of",
     "is_dtensor",
     "is_jax",
@@ -77,6 +78,7 @@ def _cure(leaf: Any) -> str:
 
 
 _FAMILIES: dict[type, Family] = {}  # by exact type, filled as types are met
+_EXACT: dict[Family, Family] = {}
 
 
 def family_of(leaf: Any) -> Family:
@@ -86,6 +88,14 @@ def family_of(leaf: Any) -> Family:
     if family is None:
         family = _FAMILIES[kind] = _find_family(leaf)
     return family
+
+
+def exact_family_of(leaf: Any) -> Family:
+    """Return the family that has a leaf as bits."""
+    family = family_of(leaf)
+    if family not in _EXACT:
+        _EXACT[family] = family.exact()
+    return _EXACT[family]
 
 
 def is_jax(leaf: Any) -> bool:

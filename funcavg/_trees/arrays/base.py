@@ -31,6 +31,13 @@ class Family:
 
     mutable = True  # False: even a donated leaf is replaced by a new object
 
+    def exact(self) -> Family:
+        """Return the family that has the same leaves as bits, for whom their dtypes mean nothing.
+
+        Its carriers hold integers, and none of its leaves passes through.
+        """
+        return self
+
     def signature(self, leaves: Sequence[Any]) -> Hashable:
         """Return all that `describe` and `span` look at.
 
@@ -104,6 +111,10 @@ class Family:
     def copy(self, targets: list[Any], sources: list[Any]) -> None:
         """Copy arrays, one by one."""
         raise NotImplementedError
+
+    def significant(self, leaf: Any, carrier: Any) -> Any:
+        """Return what of a carrier of bits two equal leaves have in common: all but what pads an element."""
+        return carrier
 
     def as_numpy(self, leaf: Any) -> Any:
         """View the leaf's memory as a NumPy array of any dtype of the same width, or None on an accelerator."""

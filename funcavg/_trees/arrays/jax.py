@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from funcavg._memory import bytes_at
-from funcavg._trees.arrays.base import Leaf
-from funcavg._trees.arrays.numpy import NumpyArrays, is_averaged
+from funcavg._trees.arrays.base import Family, Leaf
+from funcavg._trees.arrays.numpy import ExactArrays, NumpyArrays, is_averaged
 
 __all__ = ["JaxArrays", "JaxKeys", "JaxTracers"]
 
@@ -28,26 +28,26 @@ ELSEWHERE = """that lies partly in other processes. Average it where it lives, b
 class JaxArrays(NumpyArrays):
     mutable = False
 
+    def exact(self) -> Family:
+        return ExactJaxArrays()
+
     def signature(self, leaves: Sequence[Any]) -> Hashable:
         if any([leaf.is_deleted() for leaf in leaves]):
             raise ValueError("a deleted array, which `describe` will name")
         return tuple([leaf.aval for leaf in leaves]), tuple([leaf.sharding for leaf in leaves])
 
     def describe(self, leaf: Any) -> Leaf:
-        text = f"{leaf.dtype.name}{list(leaf.shape)}"
-        if leaf.is_deleted():
-            raise TypeError(f"JAX array {text} whose memory has been deleted or donated")
+        _refuse_deleted(leaf)
         averaged = is_averaged(leaf.dtype)
         if averaged is None:
             raise TypeError(f"JAX array of dtype {leaf.dtype}")
         if not averaged:
-            return Leaf(text)
-        if not leaf.is_fully_addressable:
-            raise TypeError(f"JAX array {text} {ELSEWHERE}")
+            return Leaf(_text(leaf))
+        _refuse_elsewhere(leaf)
         dtype, shape = np.dtype(leaf.dtype), tuple(leaf.shape)
         if dtype.kind == "c":
             dtype, shape = np.dtype(f"f{dtype.itemsize // 2}"), (*shape, 2)
-        return Leaf(text, dtype.name, shape, dtype, plain=False)
+        return Leaf(_text(leaf), dtype.name, shape, dtype, plain=False)
 
     def carrier(self, leaf: Any) -> Any:
         view = np.asarray(leaf)
@@ -57,7 +57,7 @@ class JaxArrays(NumpyArrays):
         return super().carrier(view)
 
     def fresh(self, leaf: Any) -> Any:
-        nbytes = leaf.nbytes
+        nbytes = leaf.size * np.dtype(leaf.dtype).itemsize  # JAX counts two integers of 4 bits as one byte
         memory = np.empty(nbytes + ALIGNMENT, np.uint8)
         begin = -memory.ctypes.data % ALIGNMENT
         result = memory[begin : begin + nbytes].view(np.dtype(leaf.dtype)).reshape(leaf.shape)
@@ -102,6 +102,9 @@ class JaxArrays(NumpyArrays):
 class JaxTracers(JaxArrays):
     """What stands for an array while JAX traces a function."""
 
+    def exact(self) -> Family:
+        return ExactTracers()
+
     def signature(self, leaves: Sequence[Any]) -> Hashable:
         return tuple([leaf.aval for leaf in leaves])
 
@@ -119,11 +122,64 @@ class JaxTracers(JaxArrays):
 class JaxKeys(NumpyArrays):
     """Typed PRNG keys pass through."""
 
+    def exact(self) -> Family:
+        return ExactKeys()
+
     def signature(self, leaves: Sequence[Any]) -> Hashable:
         return tuple([(leaf.dtype, leaf.shape) for leaf in leaves])
 
     def describe(self, leaf: Any) -> Leaf:
         return Leaf(f"{leaf.dtype}{list(leaf.shape)}")
+
+
+class ExactJaxArrays(JaxArrays, ExactArrays):
+    """JAX arrays as bits."""
+
+    def describe(self, leaf: Any) -> Leaf:
+        _refuse_deleted(leaf)
+        _refuse_elsewhere(leaf)
+        return ExactArrays.describe(self, np.broadcast_to(np.empty((), leaf.dtype), leaf.shape))
+
+
+class ExactTracers(JaxTracers):
+    """Over an axis, where a program makes bits of them."""
+
+    def describe(self, leaf: Any) -> Leaf:
+        return super().describe(leaf)._replace(element="bits8")
+
+
+class ExactKeys(ExactJaxArrays):
+    """Typed PRNG keys, as the integers that they are made of."""
+
+    def describe(self, leaf: Any) -> Leaf:
+        _refuse_deleted(leaf)
+        _refuse_elsewhere(leaf)
+        return super().describe(jax.random.key_data(leaf))._replace(text=_text(leaf))
+
+    def carrier(self, leaf: Any) -> Any:
+        return super().carrier(jax.random.key_data(leaf))
+
+    def fresh(self, leaf: Any) -> Any:
+        return super().fresh(jax.random.key_data(leaf))
+
+    def finish_all(self, leaves: Sequence[Any], carriers: Sequence[Any]) -> list[Any]:
+        whole = super().finish_all([jax.random.key_data(leaf) for leaf in leaves], carriers)
+        kinds = map(jax.random.key_impl, leaves)
+        return [jax.random.wrap_key_data(data, impl=kind) for data, kind in zip(whole, kinds, strict=True)]
+
+
+def _text(leaf: Any) -> str:
+    return f"{leaf.dtype.name}{list(leaf.shape)}"
+
+
+def _refuse_deleted(leaf: Any) -> None:
+    if leaf.is_deleted():
+        raise TypeError(f"JAX array {_text(leaf)} whose memory has been deleted or donated")
+
+
+def _refuse_elsewhere(leaf: Any) -> None:
+    if not leaf.is_fully_addressable:
+        raise TypeError(f"JAX array {_text(leaf)} {ELSEWHERE}")
 
 
 _KEYS = JaxKeys()

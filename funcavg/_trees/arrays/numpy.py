@@ -14,6 +14,9 @@ __all__ = ["Integers", "NumpyArrays", "Scalars", "StandIn", "StandIns", "is_aver
 
 
 class NumpyArrays(Family):
+    def exact(self) -> Family:
+        return ExactArrays()
+
     def signature(self, leaves: Sequence[Any]) -> Hashable:
         return (
             tuple(map(type, leaves)),
@@ -23,9 +26,7 @@ class NumpyArrays(Family):
         )
 
     def describe(self, leaf: Any) -> Leaf:
-        if type(leaf) not in (np.ndarray, np.memmap):
-            cure = "averaging its data alone would lose what the subclass means; pass np.asarray(leaf)"
-            raise TypeError(f"NumPy subclass {type_name(leaf)} ({cure})")
+        _refuse_subclass(leaf)
         return _describe_numpy(leaf.dtype, leaf.shape, plain=leaf.dtype.kind != "c")
 
     def carrier(self, leaf: Any) -> Any:
@@ -83,6 +84,9 @@ class Scalars(NumpyArrays):
 
     mutable = False
 
+    def exact(self) -> Family:
+        return ExactScalars()
+
     def signature(self, leaves: Sequence[Any]) -> Hashable:
         return tuple(map(type, leaves))
 
@@ -135,11 +139,102 @@ class StandIns(Family):
 class Integers(Family):
     """Python bools and integers pass through."""
 
+    def exact(self) -> Family:
+        return ExactIntegers()
+
     def signature(self, leaves: Sequence[Any]) -> Hashable:
         return tuple(map(type, leaves))
 
     def describe(self, leaf: Any) -> Leaf:
         return Leaf("bool" if isinstance(leaf, bool) else "int")
+
+
+class ExactArrays(NumpyArrays):
+    """Arrays as bits."""
+
+    def describe(self, leaf: Any) -> Leaf:
+        _refuse_subclass(leaf)
+        return _describe_bits(leaf.dtype, leaf.shape)
+
+    def carrier(self, leaf: Any) -> Any:
+        unit = _unit(leaf.dtype)
+        bits = f"{leaf.dtype.byteorder}u{unit}" if _is_a_number(leaf.dtype) else f"u{unit}"
+        return leaf.view(bits) if unit == leaf.itemsize else leaf[..., None].view(bits)
+
+    def finish(self, leaf: Any, carrier: Any) -> Any:
+        whole = carrier.view(leaf.dtype)
+        return whole if carrier.itemsize == leaf.itemsize else whole[..., 0]
+
+    def significant(self, leaf: Any, carrier: Any) -> Any:
+        if leaf.dtype.type not in (np.longdouble, np.clongdouble) or np.finfo(np.longdouble).nmant != 63:
+            return carrier
+        return carrier.view("u2").reshape(-1, np.dtype(np.longdouble).itemsize // 2)[:, :5]  # the rest pads 80 bits
+
+
+class ExactScalars(Scalars, ExactArrays):
+    def describe(self, leaf: Any) -> Leaf:
+        return _describe_bits(np.asarray(leaf).dtype, ())
+
+    def significant(self, leaf: Any, carrier: Any) -> Any:
+        return super().significant(np.asarray(leaf), carrier)
+
+
+class ExactIntegers(ExactScalars):
+    """Python integers of up to 64 bits, as nine bytes: with a sign or without."""
+
+    def signature(self, leaves: Sequence[Any]) -> Hashable:
+        if not all([-(2**63) <= leaf < 2**64 for leaf in leaves]):
+            raise ValueError("an integer that `describe` will refuse")
+        return tuple(map(type, leaves))
+
+    def describe(self, leaf: Any) -> Leaf:
+        if not -(2**63) <= leaf < 2**64:
+            raise TypeError(f"int that needs more than 64 bits: {leaf if abs(leaf) < 10**40 else '...'}")
+        return Leaf("bool" if isinstance(leaf, bool) else "int", "bits8", (9,), np.dtype("u1"))
+
+    def carrier(self, leaf: Any) -> Any:
+        return np.frombuffer(bytearray(int(leaf).to_bytes(9, "little", signed=True)), np.uint8)
+
+    def fresh(self, leaf: Any) -> Any:
+        return np.empty(9, np.uint8)
+
+    def finish(self, leaf: Any, carrier: Any) -> Any:
+        return type(leaf)(int.from_bytes(carrier.tobytes(), "little", signed=True))
+
+    def significant(self, leaf: Any, carrier: Any) -> Any:
+        return carrier
+
+
+def _refuse_subclass(leaf: Any) -> None:
+    if type(leaf) not in (np.ndarray, np.memmap):
+        cure = "its data alone would lose what the subclass means; pass np.asarray(leaf)"
+        raise TypeError(f"NumPy subclass {type_name(leaf)} ({cure})")
+
+
+def _describe_bits(dtype: np.dtype[Any], shape: tuple[int, ...]) -> Leaf:
+    unit = _unit(dtype)
+    text = (str(dtype).replace(": ", ":") if dtype.kind == "V" and dtype.fields else dtype.name) + str(list(shape))
+    shape = shape if unit == dtype.itemsize else (*shape, dtype.itemsize // unit)
+    return Leaf(text, f"bits{8 * unit}", shape, np.dtype(f"u{unit}"))
+
+
+def _is_a_number(dtype: np.dtype[Any]) -> bool:
+    """Say whether elements are a number, or two of equal width: whose bytes can be swapped."""
+    return dtype.kind in "fiucMm" or dtype.type.__module__ == "ml_dtypes"
+
+
+def _unit(dtype: np.dtype[Any]) -> int:
+    """Return how many bytes of an element make one integer: all, if there is an integer as wide."""
+    if dtype.hasobject or not dtype.itemsize:
+        reason = "objects" if dtype.hasobject else "of no bytes"
+        raise TypeError(f"NumPy array of dtype {dtype}, whose elements are {reason}")
+    part = dtype.itemsize // 2 if dtype.kind == "c" else dtype.itemsize
+    unit = next(width for width in (8, 4, 2, 1) if part % width == 0)
+    if not dtype.isnative and not (_is_a_number(dtype) and unit == part):
+        raise TypeError(
+            f"NumPy array of dtype {dtype}, in another byte order than this machine's (pass a copy in its own)"
+        )
+    return unit
 
 
 def _describe_numpy(dtype: np.dtype[Any], shape: tuple[int, ...], *, plain: bool) -> Leaf:

@@ -16,6 +16,9 @@ __all__ = ["DTensors", "Tensors", "wrap_local_tensor"]
 
 
 class Tensors(Family):
+    def exact(self) -> Family:
+        return ExactTensors()
+
     def signature(self, leaves: Sequence[Any]) -> Hashable:
         return (
             tuple(map(type, leaves)),
@@ -29,29 +32,32 @@ class Tensors(Family):
         )
 
     def describe(self, leaf: Any) -> Leaf:
-        dtype, name = leaf.dtype, str(leaf.dtype).removeprefix("torch.")
-        if type(leaf) not in (torch.Tensor, torch.nn.Parameter):
-            raise TypeError(f"tensor subclass {type_name(leaf)}")
-        if leaf.is_nested:
-            raise TypeError(f"nested tensor of dtype {name} (pass list(leaf.unbind()), or leaf.to_padded_tensor(0))")
-        if leaf.layout != torch.strided:
-            raise TypeError(f"{str(leaf.layout).removeprefix('torch.')} tensor of dtype {name} (pass leaf.to_dense())")
-        if leaf.is_quantized or name == "float4_e2m1fn_x2":
-            cure = " (pass leaf.dequantize())" if leaf.is_quantized else ""
-            raise TypeError(f"quantised tensor of dtype {name}{cure}")
-        if leaf.device.type == "meta":
-            raise TypeError(f"meta tensor of dtype {name}, which has no values")
-        text, part = f"{name}{list(leaf.shape)}", part_of(leaf)
-        if part:
-            text += f" ({part})"
+        dtype, text = leaf.dtype, self._text(leaf)
+        if _name(dtype) == "float4_e2m1fn_x2":
+            raise TypeError(f"quantised tensor of dtype {_name(dtype)}")
         if not (dtype.is_floating_point or dtype.is_complex):
             return Leaf(text)
         shape, native = tuple(leaf.shape), dtype
         if dtype.is_complex:
             shape, native = (*shape, 2), dtype.to_real()
         plain = not dtype.is_complex and type(leaf) is torch.Tensor and not leaf.requires_grad
-        element = str(native).removeprefix("torch.")
-        return Leaf(text, element, shape, native, plain, "" if leaf.device.type == "cpu" else str(leaf.device))
+        return Leaf(text, _name(native), shape, native, plain, _accelerator(leaf))
+
+    def _text(self, leaf: Any) -> str:
+        """Return the words for a leaf; raise TypeError if it has no memory of elements, one after the other."""
+        name = _name(leaf.dtype)
+        if type(leaf) not in (torch.Tensor, torch.nn.Parameter):
+            raise TypeError(f"tensor subclass {type_name(leaf)}")
+        if leaf.is_nested:
+            raise TypeError(f"nested tensor of dtype {name} (pass list(leaf.unbind()), or leaf.to_padded_tensor(0))")
+        if leaf.layout != torch.strided:
+            raise TypeError(f"{str(leaf.layout).removeprefix('torch.')} tensor of dtype {name} (pass leaf.to_dense())")
+        if leaf.is_quantized:
+            raise TypeError(f"quantised tensor of dtype {name} (pass leaf.dequantize())")
+        if leaf.device.type == "meta":
+            raise TypeError(f"meta tensor of dtype {name}, which has no values")
+        part = part_of(leaf)
+        return f"{name}{list(leaf.shape)}" + (f" ({part})" if part else "")
 
     def carrier(self, leaf: Any) -> Any:
         leaf = leaf.detach()
@@ -142,17 +148,47 @@ class Tensors(Family):
         return np.ndarray(carrier.shape, f"i{size}", memory, strides=strides)
 
 
+class ExactTensors(Tensors):
+    """Tensors as bits."""
+
+    def describe(self, leaf: Any) -> Leaf:
+        native = INTEGERS[leaf.element_size() // (1 + leaf.is_complex())]
+        shape = (*leaf.shape, 2) if leaf.is_complex() else tuple(leaf.shape)
+        return Leaf(self._text(leaf), f"bits{8 * native.itemsize}", shape, native, device=_accelerator(leaf))
+
+    def carrier(self, leaf: Any) -> Any:
+        return _as_integers(super().carrier(leaf.detach().resolve_neg()))
+
+    def fresh(self, leaf: Any) -> Any:
+        return _as_integers(super().fresh(leaf))
+
+    def finish(self, leaf: Any, carrier: Any) -> Any:
+        return super().finish(leaf, carrier.view(leaf.dtype.to_real() if leaf.is_complex() else leaf.dtype))
+
+    def refuse_donation(self, leaf: Any) -> str | None:
+        lazily = "a lazily negated view; pass leaf.resolve_neg()" if leaf.is_neg() else None
+        return lazily or super().refuse_donation(leaf)
+
+    def all_donatable(self, leaves: Sequence[Any]) -> bool:
+        return not any(map(torch.Tensor.is_neg, leaves)) and super().all_donatable(leaves)
+
+
 class DTensors(Tensors):
     """torch's DTensor: the local shard is averaged, as any tensor, and wrapped again."""
+
+    local: Tensors = Tensors()
+
+    def exact(self) -> Family:
+        return ExactDTensors()
 
     def signature(self, leaves: Sequence[Any]) -> Hashable:
         wrapping = [
             (type(leaf), leaf.shape, leaf.placements, tuple(leaf.device_mesh.get_coordinate() or ())) for leaf in leaves
         ]
-        return tuple(wrapping), _LOCAL.signature([leaf._local_tensor for leaf in leaves])
+        return tuple(wrapping), self.local.signature([leaf._local_tensor for leaf in leaves])
 
     def describe(self, leaf: Any) -> Leaf:
-        local = _LOCAL.describe(leaf._local_tensor)
+        local = self.local.describe(leaf._local_tensor)
         where = []
         for dim, placement in enumerate(leaf.placements):
             if placement.is_partial():
@@ -164,13 +200,13 @@ class DTensors(Tensors):
         return local._replace(text=text, plain=False)
 
     def carrier(self, leaf: Any) -> Any:
-        return _LOCAL.carrier(leaf._local_tensor)
+        return self.local.carrier(leaf._local_tensor)
 
     def fresh(self, leaf: Any) -> Any:
-        return _LOCAL.fresh(leaf._local_tensor)
+        return self.local.fresh(leaf._local_tensor)
 
     def finish(self, leaf: Any, carrier: Any) -> Any:
-        result = wrap_local_tensor(leaf, _LOCAL.finish(leaf._local_tensor.detach(), carrier))
+        result = wrap_local_tensor(leaf, self.local.finish(leaf._local_tensor.detach(), carrier))
         if isinstance(leaf, torch.nn.Parameter):
             return torch.nn.Parameter(result, requires_grad=leaf.requires_grad)
         return result.requires_grad_(leaf.requires_grad)
@@ -179,20 +215,20 @@ class DTensors(Tensors):
         return result
 
     def addresses(self, leaves: Sequence[Any]) -> list[int]:
-        return _LOCAL.addresses([leaf._local_tensor for leaf in leaves])
+        return self.local.addresses([leaf._local_tensor for leaf in leaves])
 
     def geometry(self, leaf: Any) -> Hashable:
         # Not a plain tensor's: a DTensor and its own local shard in one tree must each come back as what they are.
-        return DTensors, leaf.shape, leaf.placements, _LOCAL.geometry(leaf._local_tensor)
+        return DTensors, leaf.shape, leaf.placements, self.local.geometry(leaf._local_tensor)
 
     def span(self, leaf: Any) -> tuple[int, int]:
-        return _LOCAL.span(leaf._local_tensor)
+        return self.local.span(leaf._local_tensor)
 
     def as_numpy(self, leaf: Any) -> Any:
-        return _LOCAL.as_numpy(leaf._local_tensor)
+        return self.local.as_numpy(leaf._local_tensor)
 
     def overlaps_itself(self, leaf: Any) -> bool:
-        return _LOCAL.overlaps_itself(leaf._local_tensor)
+        return self.local.overlaps_itself(leaf._local_tensor)
 
     def all_donatable(self, leaves: Sequence[Any]) -> bool:
         return False
@@ -200,10 +236,28 @@ class DTensors(Tensors):
     def refuse_donation(self, leaf: Any) -> str | None:
         if leaf.requires_grad and torch.is_grad_enabled():
             return "a DTensor that requires grad, while gradients are recorded; donate it under torch.no_grad()"
-        return _LOCAL.refuse_donation(leaf._local_tensor.detach())
+        return self.local.refuse_donation(leaf._local_tensor.detach())
 
 
-_LOCAL = Tensors()
+class ExactDTensors(DTensors):
+    """DTensors whose local shards are bits."""
+
+    local = ExactTensors()
+
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by width
+
+
+def _as_integers(tensor: Any) -> Any:
+    return tensor.view(INTEGERS[tensor.element_size()])
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _accelerator(leaf: Any) -> str:
+    return "" if leaf.device.type == "cpu" else str(leaf.device)
 
 
 def wrap_local_tensor(leaf: Any, local: Any) -> Any:
