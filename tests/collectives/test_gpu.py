@@ -21,8 +21,9 @@ from helpers import mpi
 from helpers.processes import run_processes
 from helpers.trees import GPU, assert_is_mean
 
-from funcavg import PeerLostError, _device, _points, average, start_average
+from funcavg import PeerLostError, _device, _points, average, broadcast, differences, start_average
 from funcavg._engine.buckets import make_plan
+from funcavg._engine.copies import DeviceCopyLane
 from funcavg._engine.device_slots import DeviceSlots
 from funcavg._engine.lanes import Cargo, DeviceLane
 from funcavg._trees.arrays.torch import Tensors
@@ -134,6 +135,28 @@ def test_the_lane_for_device_memory_averages():
         for results, weights in zip(seen, (None, [1.0, 3.0]), strict=True):
             for result, leaf in zip(results, numbers, strict=True):
                 assert_is_mean(result, [leaf, leaf + 1], weights)
+
+
+def copies_of_the_host(rank):
+    """The lane that copies device memory, over a broadcast of the group's own; here in the host's memory."""
+    verbs = DeviceVerbs(dist.group.WORLD, as_collective(dist.group.WORLD))
+    family, slots = Tensors().exact(), DeviceSlots("cpu")
+    leaves = [torch.full((count,), 7 * rank + 1, dtype=torch.int16) for count in (5000, 3, 0, 70)]
+    plan = make_plan([(i, family, family.describe(leaf)) for i, leaf in enumerate(leaves)], 3, slots, 512)
+    seen = []
+    for root in range(3):
+        results = [torch.zeros_like(leaf) for leaf in leaves]
+        with slots.in_turn():
+            lane = DeviceCopyLane(plan, verbs, rank, root)
+            lane.carry(Cargo(leaves, results, None, 20.0, land_in_results=False, send_from_leaves=False))
+        seen.append([leaf.unique().tolist() for leaf in results])
+    return len(plan), seen
+
+
+def test_the_lane_for_device_memory_copies():
+    for buckets, seen in run_processes(3, copies_of_the_host):
+        assert buckets > 10
+        assert seen == [[[7 * root + 1], [7 * root + 1], [], [7 * root + 1]] for root in range(3)]
 
 
 class Work:
@@ -331,6 +354,27 @@ def nccl_streams(rank):
 @gpu
 def test_calls_on_several_streams_do_not_meet_in_the_buckets():
     assert run_processes(2, nccl_streams, timeout=100) == [[[10.5], [0.5], [0.5]]] * 2
+
+
+def nccl_broadcast(rank):
+    group = nccl_group(rank)
+    tree = {
+        "late": written_late(rank),
+        "count": torch.tensor(rank, device="cuda"),
+        "half": torch.full((40_000_000,), rank, dtype=torch.bfloat16, device="cuda"),
+        "host": torch.tensor([rank]),
+    }
+    with torch.no_grad():
+        result = broadcast(tree, group, root=1)
+    seen = [leaf.unique().tolist() for leaf in result.values()]
+    with torch.no_grad():
+        donated = broadcast(tree, group, root=1, donate=True)
+    return seen, [leaf.unique().tolist() for leaf in donated.values()], differences(donated, group), differences(tree)
+
+
+@gpu
+def test_nccl_broadcasts():
+    assert run_processes(2, nccl_broadcast, timeout=100) == [([[1]] * 4, [[1]] * 4, [], [])] * 2
 
 
 def nccl_shim(rank):

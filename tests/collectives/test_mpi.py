@@ -318,6 +318,10 @@ def device_rows(comm):
         assert receive[peer].tolist() == [10 * peer + comm.rank] * 5
     send[comm.rank] = 100 + comm.rank
     lane.share(send, 20)()
+    scattered = torch.full((comm.size, 5), 7 if comm.rank == 1 else 0, dtype=torch.uint8)
+    lane.scatter(scattered, 1, 20)()
+    (lane.share_scattered(scattered, 1, 20) or bool)()
+    assert scattered.unique().tolist() == [7]
     return send[:, 0].tolist()
 
 

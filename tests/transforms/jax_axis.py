@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from funcavg import average, should_average, start_average
+from funcavg import average, broadcast, should_average, start_average
 from funcavg.collectives import Solo
 
 P = jax.P
@@ -89,8 +89,18 @@ def check(way):
     np.testing.assert_allclose(way(steps)(ROWS), factor * np.array([MEAN, MEAN]), rtol=1e-5)
 
 
+def from_the_second(x):
+    tree = {"x": x, "key": jax.random.key(lax.axis_index("d")), "n": lax.axis_index("d"), "half": x.astype("bfloat16")}
+    result = broadcast(tree, "d", root=1)
+    assert jax.typeof(result["x"]) == jax.typeof(x)
+    others = result["n"], jax.random.bits(result["key"]) % 7, result["half"] * 0
+    return result["x"] + sum(other.astype(x.dtype) for other in others)
+
+
 for way in WAYS:
     check(way)
+    wanted = ROWS[1] + 1 + int(jax.random.bits(jax.random.key(1)) % 7)
+    np.testing.assert_array_equal(way(from_the_second)(ROWS), [wanted, wanted])
 
 # A mesh whose axes are in the types of arrays, which is what jax.make_mesh makes of late.
 EXPLICIT = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
