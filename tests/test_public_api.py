@@ -23,6 +23,7 @@ NAMES = [
     "average",
     "diloco",
     "hierarchical",
+    "mean",
     "outer",
     "periodic",
     "should_average",

@@ -14,9 +14,11 @@ from funcavg._transforms import axis, jax, plain, recorders, replicas, torch
 from funcavg._transforms.axis import is_axis
 from funcavg._transforms.call import Call
 from funcavg._transforms.jax import is_traced
+from funcavg._transforms.recorders import recorder
 from funcavg._transforms.replicas import Stacked, stacked
+from funcavg._transforms.torch import is_inside_transform
 
-__all__ = ["Call", "Stacked", "Way", "is_axis", "is_traced", "stacked", "way_of"]
+__all__ = ["Call", "Stacked", "Way", "is_axis", "is_inside_transform", "is_traced", "recorder", "stacked", "way_of"]
 
 
 class Way(Protocol):

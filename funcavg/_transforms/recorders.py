@@ -15,7 +15,7 @@ from funcavg._engine import Flight, Handle, carry_out, session_of
 from funcavg._transforms.call import Call
 from funcavg._trees import failed_request
 
-__all__ = ["average", "start", "takes"]
+__all__ = ["average", "recorder", "start", "takes"]
 
 MODES = {  # of torch's, by their classes' names
     "ProxyTorchDispatchMode": "make_fx, or torch.export",
@@ -26,7 +26,7 @@ MODES = {  # of torch's, by their classes' names
 
 def takes(call: Call) -> bool:
     """Take whatever is averaged while torch records."""
-    return bool(_recorder()) and call.collective is not None
+    return bool(recorder()) and call.collective is not None
 
 
 def average(call: Call) -> Any:
@@ -47,12 +47,12 @@ def start(call: Call) -> Handle[Any]:
 
 def _words() -> str:
     return (
-        f"this is run under {_recorder()}, which would leave an average out of what it records, or has no values to "
+        f"this is run under {recorder()}, which would leave an average out of what it records, or has no values to "
         f"average. Average outside of it"
     )
 
 
-def _recorder() -> str:
+def recorder() -> str:
     """Return what records, "" if nothing does. Private to torch; tested with release 2.13."""
     torch: Any = sys.modules.get("torch")
     if torch is None:

@@ -113,7 +113,7 @@ def one_after_another(arrays, weights=None):
 
 def bits_but_of_nan(array):
     """There are many NaN, and which one comes out is nobody's promise."""
-    strange = array != array  # noqa: PLR0124
+    strange = array != array
     return strange.tobytes() + bits(array[~strange])
 
 
