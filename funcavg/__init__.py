@@ -1,9 +1,9 @@
 """Average the parameters of a distributed training job, as a pure function.
 
-When: `should_average`. What: `average`, `start_average`. With whom: `Collective`, `stacked` and `funcavg.collectives`.
-How, over a training run: `periodic`, `hierarchical`, and `diloco` with its optimizers in `funcavg.outer`; each makes an
-`Averager`. For classic loops: `PeriodicModelAverager` and its kin, which need torch. These two are imported when first
-asked for.
+When: `should_average`. What: `average`, `start_average`; and `mean`, of several trees in one process. With whom:
+`Collective`, `stacked` and `funcavg.collectives`. How, over a training run: `periodic`, `hierarchical`, and `diloco`
+with its optimizers in `funcavg.outer`; each makes an `Averager`. For classic loops: `PeriodicModelAverager` and its
+kin, which need torch. These two are imported when first asked for.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from funcavg._broadcast import broadcast
 from funcavg._differences import differences
 from funcavg._engine import Handle
 from funcavg._errors import FuncavgError, PeerLostError, TreeMismatchError
+from funcavg._mean import mean
 from funcavg._schedule import should_average
 from funcavg._transforms import stacked
 from funcavg.collectives.base import Collective
@@ -46,6 +47,7 @@ __all__ = [
     "differences",
     "diloco",
     "hierarchical",
+    "mean",
     "outer",
     "periodic",
     "should_average",

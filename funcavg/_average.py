@@ -27,6 +27,8 @@ def average(  # noqa: PLR0913  # public: its options are keywords
 ) -> T:
     r"""Return the mean of a parameter tree over the ranks of ``group``.
 
+    A list of trees is a tree, too: for the mean of several trees that one process holds, see `funcavg.mean`.
+
     Every floating or complex leaf becomes ``Σ_i w_i x_i / Σ_i w_i`` over ranks ``i``. Use the return
     value: the inputs are never written to (unless donated), and no averaged leaf shares memory with them.
 

@@ -366,7 +366,7 @@ def in_a_process(rank):
         return make_fx(lambda x: call(x))  # noqa: PLW0108  # it counts the arguments of what it is given
 
     for call in (broadcast, differences):  # not in threads, of which only one can record
-        with pytest.raises(RuntimeError, match="run under make_fx, or torch.export, where leaves have no bits"):
+        with pytest.raises(RuntimeError, match="called under make_fx, or torch.export, where leaves have no bits"):
             recorded(call)(torch.ones(3))
     return refused_under_each(dist.group.WORLD)
 

@@ -25,6 +25,7 @@ NAMES = [
     "differences",
     "diloco",
     "hierarchical",
+    "mean",
     "outer",
     "periodic",
     "should_average",

@@ -2,7 +2,7 @@
 
 `engine.py` is the way of a call: agree (`agree.py`), cut leaves into buckets (`buckets.py`), carry these over a
 transport (`lanes.py`) or through a host's memory (`node_lane.py`), sum (`mean.py`). `session.py` is what is remembered
-of a group, `flight.py` a call in the background.
+of a group, `flight.py` a call in the background. `several.py` is the mean of several trees without a group.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ from funcavg._engine.engine import carry_out, compare, move, reach_agreement
 from funcavg._engine.flight import Flight, Handle
 from funcavg._engine.mean import mean_into, tensor_mean_into
 from funcavg._engine.session import session_of
+from funcavg._engine.several import InTurn, means_of
 
 __all__ = [
     "Agreement",
     "Flight",
     "Handle",
+    "InTurn",
     "carry_out",
     "compare",
     "host_memory",
     "mean_into",
+    "means_of",
     "move",
     "reach_agreement",
     "session_of",

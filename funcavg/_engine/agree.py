@@ -14,13 +14,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from funcavg._errors import FuncavgError, TreeMismatchError
-from funcavg._trees import ROOT, Claim, Header
+from funcavg._trees import Claim, Header, find_differences, listed
 from funcavg.collectives.base import Collective
 
 __all__ = ["Agreement", "agree"]
 
 TEXT_BYTES = 64 << 10  # of a compressed text; more is cut off
-SHOWN = 5  # differences listed in an error
 NOTHING_MOVED = "Nothing was sent and the inputs are unchanged, on every rank."
 ERRORS: dict[str, type[Exception]] = {  # the kinds that a rank's mistake keeps on its way to the others
     kind.__name__: kind for kind in (TypeError, ValueError, RuntimeError, NotImplementedError)
@@ -121,9 +120,8 @@ def _describe_mismatch(collective: Collective, claim: Claim, different: list[int
     text = "\n".join(claim.lines) if collective.rank in (0, other) else ""
     texts = _publish(collective, text, timeout)
     ours, theirs = texts[0].split("\n"), texts[other].split("\n")
-    differences = _differences(ours, theirs, other)
-    shown = "\n".join(f"    {line}" for line in differences[:SHOWN])
-    more = f"\n    ... and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
+    differences = find_differences(ours, theirs, "rank 0", f"rank {other}")
+    shown = listed(differences)
     if not differences:
         shown = f"    the first {min(len(ours), len(theirs)) - 1} leaves are alike; a later one differs"
     ranks = f"{len(different)} of {collective.size} ranks differ{'s' if len(different) == 1 else ''} from rank 0"
@@ -138,27 +136,6 @@ def _describe_mismatch(collective: Collective, claim: Claim, different: list[int
             "FullyShardedDataParallel.summon_full_params(module), or over a group of ranks that hold the same part."
         )
     return (
-        f"ranks passed trees that do not match ({ranks}).\n{shown}{more}\n{NOTHING_MOVED} Every rank must "
+        f"ranks passed trees that do not match ({ranks}).\n{shown}\n{NOTHING_MOVED} Every rank must "
         f"pass the same paths, shapes, dtypes, order and options.{hint}"
     )
-
-
-def _differences(ours: list[str], theirs: list[str], other: int) -> list[str]:
-    """Compare two signatures, each a line of options and then "path: text" lines."""
-    found = []
-    if ours[0] != theirs[0]:
-        found.append(f"options:  rank 0 {ours[0]},  rank {other} {theirs[0]}")
-    left, right = (dict(line.rsplit(": ", 1) for line in lines[1:] if line) for lines in (ours, theirs))
-    for path in [*left, *(path for path in right if path not in left)]:
-        mine, yours = left.get(path, "has no such leaf"), right.get(path, "has no such leaf")
-        if mine != yours:
-            found.append(f"{path}:  rank 0 {mine},  rank {other} {yours}")
-    if not found:
-        for position, (mine, yours) in enumerate(zip(left, right, strict=False)):
-            if mine != yours:
-                found.append(
-                    f"leaf {position}:  rank 0 {mine},  rank {other} {yours} (the same leaves in another order; a "
-                    f"plain dict is matched by key, so dict({ROOT}) cures an OrderedDict)"
-                )
-                break
-    return found

@@ -12,19 +12,21 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["mean_into", "tensor_mean_into", "wide"]
+__all__ = ["Sums", "mean_into", "scaled", "tensor_mean_into", "wide"]
 
 BLOCK = 32 * 1024  # elements: the float64 sums of a block take 256 KiB
 DEVICE_BLOCK = 1 << 20  # of an accelerator: enough to keep it busy, and the sums take 24 MiB
+SMALL = 2.0**-64  # exact to multiply by: sums of fewer than 2**64 numbers do not overflow, times this
 
 Bytes = npt.NDArray[np.uint8]
 NATIVE = {"float16": np.float16, "float32": np.float32, "float64": np.float64, "longdouble": np.longdouble}
+_S = TypeVar("_S", "_Sum", "_TensorSum")
 
 
 def wide(element: str) -> str:
@@ -44,43 +46,77 @@ def mean_into(
     into = into or element
     shards, weights = _drop_and_scale(shards, weights)
     length = 4 * BLOCK if len(shards) == 2 else BLOCK  # two mostly need no float64 sums
-    narrow = into if element == "float32" else element
-    if narrow in NATIVE and (narrow != "float16" or "torch" not in sys.modules):
-        arrays = [shard.view(NATIVE[element]) for shard in shards]
-        result = out.view(NATIVE[into])
-        scratch = np.empty(min(length, result.size), NATIVE[into])
+    view = _viewer(into if element == "float32" else element)
+    arrays, result = [view(shard, element) for shard in shards], view(out, into)
+    if not isinstance(result, np.ndarray):
+        for block in _blocks(len(result), length):
+            _tensor_mean(result[block], [array[block] for array in arrays], weights)
+        return
+    scratch = np.empty(min(length, result.size), result.dtype)
+    with np.errstate(all="ignore"):
+        for block in _blocks(result.size, length):
+            _array_mean(result[block], [array[block] for array in arrays], weights, scratch)
+
+
+class Sums:
+    """The sums of shards that come one after another; their mean has the bits that `mean_into` gives to all at once.
+
+    Beside the sums there is memory for the first shard, where leaves are as wide as their sums. Shards are flat bytes
+    on the host, or, of ``on_device``, typed tensors.
+    """
+
+    def __init__(self, element: str, *, on_device: bool = False) -> None:
+        self._view: Callable[[Any, str], Any] = (lambda shard, _: shard) if on_device else _viewer(element)
+        self._element, self._length = element, DEVICE_BLOCK if on_device else BLOCK
+        self._sums: list[_Sum | _TensorSum] = []  # one for each block
+
+    def add(self, shard: Any, weight: float) -> None:
+        """Add a shard, which may be overwritten afterwards."""
+        array = self._view(shard, self._element)
+        blocks = [array[block] for block in _blocks(len(array), self._length)]
         with np.errstate(all="ignore"):
-            for block in _blocks(result.size, length):
-                _mean_native(result[block], [a[block] for a in arrays], weights, scratch)
-    elif hasattr(sys.modules.get("torch"), narrow):
+            if self._sums:
+                for total, block in zip(self._sums, blocks, strict=True):
+                    total.add(block, weight)
+            else:
+                kind = _Sum if isinstance(array, np.ndarray) else _TensorSum
+                self._sums = [kind(block, weight, once=True) for block in blocks]
+
+    def mean_into(self, out: Any, norm: float) -> None:
+        """Write the sums divided by that of the weights, and forget them."""
+        result = self._view(out, self._element)
+        with np.errstate(all="ignore"):
+            for block in reversed(_blocks(len(result), self._length)):
+                self._sums.pop().write(result[block], norm)
+
+
+def _viewer(narrow: str) -> Callable[[Bytes, str], Any]:
+    """Return how to view bytes as an array of NumPy's, or as a tensor where torch is there and knows more dtypes."""
+    if narrow in NATIVE and (narrow != "float16" or "torch" not in sys.modules):
+        return lambda memory, element: memory.view(NATIVE[element])
+    if hasattr(sys.modules.get("torch"), narrow):
         import torch
 
-        tensors = [torch.from_numpy(shard).view(getattr(torch, element)) for shard in shards]
-        target = torch.from_numpy(out).view(getattr(torch, into))
-        for block in _blocks(target.numel(), length):
-            _tensor_mean(target[block], [t[block] for t in tensors], weights)
-    else:
-        import ml_dtypes  # a leaf of this dtype came from there
+        return lambda memory, element: torch.from_numpy(memory).view(getattr(torch, element))
+    import ml_dtypes  # a leaf of this dtype came from there
 
-        arrays = [shard.view(np.dtype(getattr(ml_dtypes, element, element))) for shard in shards]
-        result = out.view(np.dtype(getattr(ml_dtypes, into, into)))
-        with np.errstate(all="ignore"):
-            for block in _blocks(result.size, length):
-                total = _wide_mean([a[block].astype(np.float32) for a in arrays], weights, np.float64)
-                if into != "float32":
-                    total = _round_to_odd(total.view(np.int64)).view(np.float64)
-                result[block] = total.astype(np.float32)
+    return lambda memory, element: memory.view(np.dtype(getattr(ml_dtypes, element, element)))
+
+
+def scaled(weights: Sequence[float]) -> list[float]:
+    """Scale weights by the largest, lest their sum or a product overflow."""
+    top = max(weights)
+    return [weight / top for weight in weights]
 
 
 def _drop_and_scale(
     shards: Sequence[Any], weights: Sequence[float] | None
 ) -> tuple[Sequence[Any], Sequence[float] | None]:
-    """Drop shards of weight 0; scale the weights by the largest, lest their sum or a product overflow."""
+    """Drop shards of weight 0, and scale the weights; None if they are all the same."""
     if weights is None:
         return shards, None
-    top = max(weights)
-    scales = [weight / top for weight in weights if weight]
     kept = [shard for shard, weight in zip(shards, weights, strict=True) if weight]
+    scales = scaled([weight for weight in weights if weight])
     return kept, None if all(scale == 1.0 for scale in scales) else scales
 
 
@@ -88,10 +124,11 @@ def _blocks(size: int, length: int) -> list[slice]:
     return [slice(start, start + length) for start in range(0, size, length)]
 
 
-def _mean_native(
+def _array_mean(
     out: npt.NDArray[Any], shards: list[npt.NDArray[Any]], weights: Sequence[float] | None, scratch: npt.NDArray[Any]
 ) -> None:
-    if len(shards) == 2 and weights is None and out.dtype.itemsize >= 4 and shards[0].dtype == out.dtype:
+    narrow = out.dtype.itemsize < 4 or out.dtype.type not in NATIVE.values()
+    if len(shards) == 2 and weights is None and not narrow and shards[0].dtype == out.dtype:
         # One addition rounds once, and halving is exact: no wider sum is needed, unless it overflows.
         # Shards may then be read again, so the sum goes to scratch memory where `out` is one of them.
         aliased = any(np.may_share_memory(out, shard) for shard in shards)
@@ -102,35 +139,71 @@ def _mean_native(
             return
         except FloatingPointError:
             pass
-    wide = np.float64 if out.dtype.itemsize <= 4 else out.dtype.type
-    mean = _wide_mean(shards, weights, wide)
-    if out.dtype.itemsize > 4 and len(shards) > 1:
-        # Sums as narrow as the leaves may come back an ulp off. Replicas that are equal must not.
-        equal = np.ones(out.shape, np.bool_)
-        for shard in shards[1:]:
-            equal &= shard == shards[0]
-        np.copyto(mean, shards[0], where=equal)
-    np.copyto(out, mean, casting="unsafe")
-
-
-def _wide_mean(shards: list[npt.NDArray[Any]], weights: Sequence[float] | None, wide: type) -> npt.NDArray[Any]:
-    """Return sum(w * x) / sum(w), computed in dtype ``wide``."""
     weights = weights or [1.0] * len(shards)
-    norm = sum(weights)
-
-    def weighted_sum(divisor: float) -> npt.NDArray[Any]:
-        total: npt.NDArray[Any] = np.multiply(shards[0], weights[0] / divisor, dtype=wide)
-        for shard, weight in zip(shards[1:], weights[1:], strict=True):
-            scale = weight / divisor
-            np.add(total, shard if scale == 1.0 else np.multiply(shard, scale, dtype=wide), out=total)
-        return total
-
     try:
         with np.errstate(over="raise"):
-            mean: npt.NDArray[Any] = np.divide(weighted_sum(1.0), norm)
-            return mean
-    except FloatingPointError:  # float64 leaves near the largest float64: divide first, at the price of an ulp
-        return weighted_sum(norm)
+            total = _sum_of(_Sum, shards, weights)
+    except FloatingPointError:  # leaves near the largest float64
+        total = _sum_of(_Sum, shards, weights, once=True)
+    total.write(out, sum(weights))
+
+
+def _sum_of(kind: type[_S], shards: Sequence[Any], weights: Sequence[float], *, once: bool = False) -> _S:
+    total = kind(shards[0], weights[0], once=once)
+    for shard, weight in zip(shards[1:], weights[1:], strict=True):
+        total.add(shard, weight)
+    return total
+
+
+class _Sum:
+    """A sum of arrays, element by element: no other element of a block has a say in one's bits.
+
+    Arrays that are seen ``once`` may change afterwards, and cannot be read again if the sum overflows.
+    """
+
+    def __init__(self, shard: npt.NDArray[Any], weight: float, *, once: bool) -> None:
+        self._once, shard = once, _readable(shard)
+        self._tight = shard.dtype.itemsize > 4  # sums are as narrow as the leaves
+        self._wide = shard.dtype.type if self._tight else np.float64
+        self._total: npt.NDArray[Any] = np.multiply(shard, weight, dtype=self._wide)
+        self._small: Any = None  # the totals that are larger than any number, times SMALL; once there is one
+        if self._tight:  # they may come back an ulp off, and replicas that are equal must not (zeros cannot)
+            self._first, self._equal = shard.copy() if once else shard, shard != 0
+
+    def add(self, shard: npt.NDArray[Any], weight: float) -> None:
+        shard = _readable(shard)
+        product = shard if weight == 1.0 else np.multiply(shard, weight, dtype=self._wide)
+        if self._tight:
+            self._equal &= shard == self._first
+        if not (self._tight and self._once):
+            np.add(self._total, product, out=self._total)
+            return
+        try:
+            with np.errstate(over="ignore" if self._small is not None else "raise"):
+                total = np.add(self._total, product)
+        except FloatingPointError:
+            total, self._small = np.add(self._total, product), self._total * SMALL
+        if self._small is not None:
+            self._small = np.where(np.isfinite(self._total), self._total * SMALL, self._small) + product * SMALL
+        self._total = total
+
+    def write(self, out: npt.NDArray[Any], norm: float) -> None:
+        mean = np.divide(self._total, norm, out=self._total)
+        if self._small is not None:
+            small = self._small / norm
+            largest = np.finfo(self._wide).max * self._wide(SMALL)  # which no mean is above, but one may round so
+            np.clip(small, -largest, largest, out=small, where=np.isfinite(small))
+            np.copyto(mean, small / SMALL, where=~np.isfinite(mean))
+        if self._tight:
+            np.copyto(mean, self._first, where=self._equal)
+        if out.dtype.type not in NATIVE.values():
+            mean = _round_to_odd(mean.view(np.int64)).view(np.float64).astype(np.float32)
+        np.copyto(out, mean, casting="unsafe")
+
+
+def _readable(shard: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return an array that NumPy can calculate with."""
+    return shard if shard.dtype.type in NATIVE.values() else shard.astype(np.float32)
 
 
 def _round_to_odd(bits: npt.NDArray[np.int64]) -> Any:
@@ -152,8 +225,6 @@ def tensor_mean_into(out: Any, shards: Sequence[Any], weights: Sequence[float] |
 
 
 def _tensor_mean(out: Any, shards: Sequence[Any], weights: Sequence[float] | None) -> None:
-    import torch
-
     if len(shards) == 2 and weights is None and out.element_size() <= 2 and shards[0].element_size() <= 2:
         # Halves are exact in float32, and their sum, rounded there and then to 16 bits, is rounded right since
         # 24 >= 2 * 11 + 2. (The sum of two bfloat16 could overflow float32; that of their halves cannot.)
@@ -161,20 +232,37 @@ def _tensor_mean(out: Any, shards: Sequence[Any], weights: Sequence[float] | Non
         out.copy_(halves[0].mul_(0.5).add_(halves[1], alpha=0.5))
         return
     weights = weights or [1.0] * len(shards)
-    total = shards[0].to(torch.float64, copy=True)
-    if weights[0] != 1.0:
-        total.mul_(weights[0])
-    for shard, weight in zip(shards[1:], weights[1:], strict=True):
-        total.add_(shard.to(torch.float64), alpha=weight)
-    total.div_(sum(weights))
-    if out.element_size() <= 2:
-        total = _round_to_odd(total.view(torch.int64)).view(torch.float64).to(torch.float32)
-    elif out.dtype == torch.float64:  # see _mean_native
-        equal = torch.ones_like(out, dtype=torch.bool)
-        for shard in shards[1:]:
-            equal &= shard == shards[0]
-        total = torch.where(equal, shards[0], total)
-    out.copy_(total)
+    _sum_of(_TensorSum, shards, weights).write(out, sum(weights))
+
+
+class _TensorSum:
+    """The same of tensors. On an accelerator, sums of float64 that overflow are infinite."""
+
+    def __init__(self, shard: Any, weight: float, *, once: bool) -> None:
+        import torch
+
+        self._wide = torch.float64
+        self._total = shard.to(self._wide, copy=True)
+        if weight != 1.0:
+            self._total.mul_(weight)
+        self._tight = shard.dtype == self._wide  # see _Sum
+        if self._tight:
+            self._first, self._equal = shard.clone() if once else shard, shard != 0
+
+    def add(self, shard: Any, weight: float) -> None:
+        self._total.add_(shard.to(self._wide), alpha=weight)
+        if self._tight:
+            self._equal &= shard == self._first
+
+    def write(self, out: Any, norm: float) -> None:
+        import torch
+
+        mean = self._total.div_(norm)
+        if self._tight:
+            mean = torch.where(self._equal, self._first, mean)
+        elif out.element_size() <= 2:
+            mean = _round_to_odd(mean.view(torch.int64)).view(self._wide).to(torch.float32)
+        out.copy_(mean)
 
 
 _OF_THREAD = threading.local()

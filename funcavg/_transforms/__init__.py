@@ -14,7 +14,7 @@ from funcavg._transforms import axis, jax, plain, recorders, replicas, torch
 from funcavg._transforms.axis import broadcast as broadcast_over_axis
 from funcavg._transforms.axis import is_axis
 from funcavg._transforms.call import Call
-from funcavg._transforms.exactly import described
+from funcavg._transforms.exactly import described, obstacle_to
 from funcavg._transforms.jax import is_traced
 from funcavg._transforms.replicas import Stacked, stacked
 
@@ -26,6 +26,7 @@ __all__ = [
     "described",
     "is_axis",
     "is_traced",
+    "obstacle_to",
     "stacked",
     "way_of",
 ]

@@ -1,12 +1,13 @@
-"""Calls that take leaves as bits, over a group of processes or threads: they are made plainly, or refused everywhere.
+"""Calls that read leaves as they are: they are made plainly, or refused.
 
-There is no derivative of them, and while a framework traces or records there are no values yet. Other ranks wait, so
+There is no derivative of them, and while a framework traces or records there are no values yet. Where other ranks wait,
 all hear of it.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,25 +15,31 @@ from funcavg._transforms import jax, recorders, replicas, torch
 from funcavg._transforms.call import Call
 from funcavg._trees import Request, failed_request
 
-__all__ = ["described"]
+__all__ = ["described", "obstacle_to"]
+
+
+def obstacle_to(leaves: Sequence[Any]) -> str:
+    """Say in which surroundings leaves cannot be read; "" if they can be."""
+    if recorder := recorders.recorder():
+        return f"under {recorder}"
+    if jax.is_traced(leaves, None):
+        return "while JAX traces, as under jit and vmap"
+    if torch.is_inside_transform() and torch.is_transformed(leaves):
+        return "under a transform of torch.func, or in forward mode"
+    return ""
 
 
 def described(call: Call) -> tuple[Request, AbstractContextManager[Any]]:
     """Return what this rank asks for, or its mistake; and inside of what it must tell the others."""
     if isinstance(call.group, replicas.Stacked):
         raise TypeError(f"{call.who}: over stacked replicas there are no ranks, for this process holds all of them")
-    recorder = recorders.recorder()
-    if recorder:
-        words = f"it is run under {recorder}"
-    elif call.concerns(jax.is_traced, None):
-        words = "JAX traces it, as under jit and vmap"
-    elif call.concerns(torch.is_under_transform):
-        words = "it is run under a transform of torch.func, or in forward mode"
-    else:
+    leaves = () if call.collective is None or isinstance(call.walked, Exception) else call.walked.leaves
+    where = obstacle_to(leaves)
+    if not where:
         return _checked(call), contextlib.nullcontext()
-    mistake = RuntimeError(f"{words}, where leaves have no bits to be read. Call it outside of it")
-    of_torch = recorder or call.concerns(torch.is_under_transform)
-    return failed_request(mistake, call.options), recorders.outside() if of_torch else contextlib.nullcontext()
+    mistake = RuntimeError(f"called {where}, where leaves have no bits to be read. Call it outside of it")
+    inside = contextlib.nullcontext() if "JAX" in where else recorders.outside()
+    return failed_request(mistake, call.options), inside
 
 
 def _checked(call: Call) -> Request:

@@ -23,7 +23,7 @@ from funcavg._transforms.call import Call
 from funcavg._trees import Request, is_dtensor, make_request, wrap_local_tensor
 from funcavg.collectives import Collective
 
-__all__ = ["average", "is_transformed", "is_under_transform", "start", "takes"]
+__all__ = ["average", "is_inside_transform", "is_transformed", "start", "takes"]
 
 
 def takes(call: Call) -> bool:
@@ -44,21 +44,19 @@ def is_transformed(everything: Sequence[Any]) -> bool:
     torch = sys.modules.get("torch")
     if torch is None:
         return False
-    if is_under_transform(everything):
-        return True
+    if is_inside_transform():
+        return any(isinstance(leaf, torch.Tensor) for leaf in everything)
     if not torch.is_grad_enabled():
         return False
     return any([leaf.requires_grad for leaf in everything if isinstance(leaf, torch.Tensor)])
 
 
-def is_under_transform(everything: Sequence[Any]) -> bool:
-    """Say whether a transform of ``torch.func``, or forward mode, is active where there are tensors."""
+def is_inside_transform() -> bool:
+    """Say whether torch.func transforms what is run, or torch takes tangents along."""
     torch = sys.modules.get("torch")
-    if torch is None:
-        return False
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-        return any(isinstance(leaf, torch.Tensor) for leaf in everything)
-    return False
+    return torch is not None and (
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def average(call: Call) -> Any:

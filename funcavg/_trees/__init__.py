@@ -2,12 +2,22 @@
 
 Nothing here knows of other ranks. A tree becomes a `Flat` (`containers.py`), each kind of array has a `Family`
 (`arrays/`), and both together with the options make a `Request` (`request.py`), whose `Claim` the other ranks hear of.
+`compared.py` is for several trees of one process.
 """
 
 from __future__ import annotations
 
-from funcavg._trees.arrays import Family, Leaf, StandIn, is_dtensor, is_jax, wrap_local_tensor, zeros_like
-from funcavg._trees.claim import Claim, Header, digest
+from funcavg._trees.arrays import (
+    Family,
+    Leaf,
+    StandIn,
+    is_dtensor,
+    is_jax,
+    wrap_local_tensor,
+    zeros_like,
+)
+from funcavg._trees.claim import Claim, Header, digest, find_differences, listed
+from funcavg._trees.compared import Compared
 from funcavg._trees.containers import ROOT, Flat, combine, flatten
 from funcavg._trees.options import Options, Timeout, Where, checked_timeout
 from funcavg._trees.request import Layout, Request, check_weight, failed_request, make_request
@@ -15,6 +25,7 @@ from funcavg._trees.request import Layout, Request, check_weight, failed_request
 __all__ = [
     "ROOT",
     "Claim",
+    "Compared",
     "Family",
     "Flat",
     "Header",
@@ -30,9 +41,11 @@ __all__ = [
     "combine",
     "digest",
     "failed_request",
+    "find_differences",
     "flatten",
     "is_dtensor",
     "is_jax",
+    "listed",
     "make_request",
     "wrap_local_tensor",
     "zeros_like",

@@ -16,11 +16,14 @@ import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["Claim", "Header", "digest"]
+from funcavg._trees.survey import ROOT
+
+__all__ = ["Claim", "Header", "digest", "find_differences", "listed"]
 
 MAGIC, VERSION = b"favg", 2
 FORMAT = struct.Struct("<4sHHd16s8s8s")
 HAS_ERROR, DONATES_TIES = 1, 2
+SHOWN = 5  # differences listed in an error
 
 
 def digest(lines: Sequence[str]) -> bytes:
@@ -75,3 +78,30 @@ class Claim(NamedTuple):
         """Return what every rank is told."""
         flags = HAS_ERROR * (self.error is not None) + DONATES_TIES * self.donates_ties
         return Header(MAGIC, VERSION, flags, self.weight, self.signature, self.ties, self.places)
+
+
+def find_differences(ours: Sequence[str], theirs: Sequence[str], us: str, them: str) -> list[str]:
+    """Compare the lines of two claims; say in words where ``us`` and ``them`` differ."""
+    found = []
+    if ours[0] != theirs[0]:
+        found.append(f"options:  {us} {ours[0]},  {them} {theirs[0]}")
+    left, right = (dict(line.rsplit(": ", 1) for line in lines[1:] if line) for lines in (ours, theirs))
+    for path in [*left, *(path for path in right if path not in left)]:
+        mine, yours = left.get(path, "has no such leaf"), right.get(path, "has no such leaf")
+        if mine != yours:
+            found.append(f"{path}:  {us} {mine},  {them} {yours}")
+    if not found:
+        for position, (mine, yours) in enumerate(zip(left, right, strict=False)):
+            if mine != yours:
+                found.append(
+                    f"leaf {position}:  {us} {mine},  {them} {yours} (the same leaves in another order; a "
+                    f"plain dict is matched by key, so dict({ROOT}) cures an OrderedDict)"
+                )
+                break
+    return found
+
+
+def listed(lines: Sequence[str]) -> str:
+    """Return the first few lines, as an error shows them."""
+    shown = "\n".join(f"    {line}" for line in lines[:SHOWN])
+    return shown + (f"\n    ... and {len(lines) - SHOWN} more" if len(lines) > SHOWN else "")

@@ -11,7 +11,7 @@ from helpers.trees import GPU, NUMPY_FLOATS, TORCH_FLOATS, assert_is_mean, bits,
 from helpers.trees import Spec as S
 
 from funcavg._engine import mean
-from funcavg._engine.mean import mean_into, tensor_mean_into
+from funcavg._engine.mean import Sums, mean_into, scaled, tensor_mean_into
 
 ELEMENTS = sorted({*NUMPY_FLOATS, *TORCH_FLOATS})
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
@@ -96,6 +96,79 @@ def test_warns_of_nothing():
     for name in ("float32", "float64", "float16", "bfloat16"):
         arrays = [np.array([np.inf, np.nan, 1], numpy_dtype(name)), np.array([-np.inf, 1, np.nan], numpy_dtype(name))]
         assert np.isnan(kernel(arrays).astype(float)).all()
+
+
+def one_after_another(arrays, weights=None):
+    """Give the kernel's sums a shard at a time, in memory that is used again."""
+    name = "longdouble" if arrays[0].dtype.type is np.longdouble else arrays[0].dtype.name
+    sums, memory = Sums(name), np.empty(arrays[0].nbytes, np.uint8)
+    scales = [1.0] * len(arrays) if weights is None else scaled(weights)
+    for array, scale in zip(arrays, scales, strict=True):
+        memory[...] = array.view(np.uint8)
+        if scale:
+            sums.add(memory, scale)
+    sums.mean_into(memory, sum(scale for scale in scales if scale))
+    return memory.view(arrays[0].dtype)
+
+
+def bits_but_of_nan(array):
+    """There are many NaN, and which one comes out is nobody's promise."""
+    strange = array != array
+    return strange.tobytes() + bits(array[~strange])
+
+
+@pytest.mark.parametrize("values", ["ordinary", "small integers", "subnormal", "huge", "wide", "special"])
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_one_after_another_gives_the_same_bits(element, values, monkeypatch):
+    for block in (mean.BLOCK, 4):
+        monkeypatch.setattr(mean, "BLOCK", block)
+        for size in (1, 2, 3, 4, 5):
+            arrays = [build(S("numpy", element, (41,), values=values, seed=block), rank) for rank in range(size)]
+            for weights in (None, [1.0] * size, [2.0 * (rank != 1) + 0.3 * rank for rank in range(size)]):
+                assert bits_but_of_nan(one_after_another(arrays, weights)) == bits_but_of_nan(kernel(arrays, weights))
+                assert bits_but_of_nan(one_after_another([arrays[0]] * size, weights)) == bits_but_of_nan(arrays[0])
+
+
+@pytest.mark.parametrize("element", SMALL)
+def test_every_pair_of_bytes_one_after_another(element):
+    codes = np.arange(256, dtype=np.uint8)
+    pair = [half.reshape(-1).view(numpy_dtype(element)) for half in np.meshgrid(codes, codes)]
+    assert bits_but_of_nan(one_after_another(pair)) == bits_but_of_nan(kernel(pair))
+
+
+@pytest.mark.parametrize("mean_of", [kernel, one_after_another])
+@pytest.mark.parametrize("element", ["float64", "longdouble"])
+def test_a_sum_that_overflows_costs_nobody_an_ulp(element, mean_of):
+    """Neither its neighbours nor itself: as if exponents had no end."""
+    rng = np.random.default_rng(0)
+    for size in (2, 3, 5):
+        small = [rng.uniform(-7.9, 7.9, 400).astype(element) for _ in range(size)]
+        far = np.ldexp(np.ones(1, element), np.finfo(element).maxexp - 3)  # nearly infinite
+        large = [array * far for array in small]
+        results = mean_of([np.concatenate(pair) for pair in zip(small, large, strict=True)])
+        expected = kernel(small)
+        with np.errstate(over="ignore"):
+            assert np.isinf(sum(large)).any()
+        assert bits(results[:400]) == bits(expected)
+        assert bits(results[400:]) == bits(expected * far)
+    limit = np.finfo(element).max
+    below = np.nextafter(limit, 0)
+    for numbers in ([limit, limit, below], [limit] * 6 + [below], [limit, below] * 3, [-limit, below, limit, -below]):
+        arrays = [np.array([number], element) for number in numbers]
+        assert_is_mean(mean_of(arrays), arrays)
+    mixed = [np.array([limit, limit, limit, np.inf], element), np.array([limit, limit, limit, 1], element)]
+    mixed.append(np.array([np.inf, -np.inf, np.nan, -np.inf], element))
+    np.testing.assert_array_equal(mean_of(mixed), [np.inf, -np.inf, np.nan, np.nan])
+
+
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_zeros_of_both_signs(element):
+    """-0.0 == 0.0, yet their mean is the sum's zero, of however many."""
+    for size in (2, 3, 4):
+        arrays = [np.array([-0.0 if rank == 0 else 0.0, -0.0]).astype(numpy_dtype(element)) for rank in range(size)]
+        if np.signbit(arrays[0].astype(float)[0]):  # not every dtype of 8 bits has a -0.0
+            for mean_of in (kernel, one_after_another):
+                assert np.signbit(mean_of(arrays).astype(float)).tolist() == [False, True]
 
 
 @pytest.mark.parametrize("values", ["ordinary", "subnormal", "wide", "special"])

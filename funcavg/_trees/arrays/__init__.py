@@ -27,6 +27,8 @@ __all__ = [
     "family_of",
     "is_dtensor",
     "is_jax",
+    "private_copy",
+    "same_values",
     "type_name",
     "wrap_local_tensor",
     "zeros_like",
@@ -112,6 +114,51 @@ def zeros_like(leaf: Any) -> Any:
     if is_jax(leaf):
         return sys.modules["jax"].numpy.zeros_like(leaf)
     return np.zeros_like(leaf) if isinstance(leaf, np.ndarray) else type(leaf)(0)
+
+
+def private_copy(leaf: Any) -> Any:
+    """Return a leaf that passes through, as an array that nobody else writes to; what is no such array, as it is."""
+    family = family_of(leaf)
+    if not (isinstance(leaf, np.ndarray) or _is_tensor(leaf)):
+        return leaf
+    try:
+        carrier = family.fresh(leaf)
+        family.copy([carrier], [family.carrier(leaf)])
+        return family.finish(leaf, carrier)
+    except Exception:  # a kind that is not averaged, and need not be known: a sparse tensor
+        return leaf
+
+
+def same_values(one: Any, other: Any) -> bool:
+    """Say whether two leaves that pass through hold the same values (NaN is equal to NaN)."""
+    try:
+        if getattr(one, "dtype", None) != getattr(other, "dtype", None):
+            return False
+        one, other = _readable(one), _readable(other)
+        if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+            equal = (one == other) | ((one != one) & (other != other))  # noqa: PLR0124  # NaN
+            return one.shape == other.shape and bool(np.all(equal))
+        return bool(one == other)
+    except Exception:  # what cannot be compared is not known to be the same
+        return one is other
+
+
+def _readable(leaf: Any) -> Any:
+    """Return a leaf's values as a NumPy array, if it is an array or a number."""
+    if _is_tensor(leaf):
+        local = getattr(leaf, "_local_tensor", leaf).detach().cpu()
+        dense = local if local.layout == sys.modules["torch"].strided else local.to_dense()
+        return family_of(dense).as_numpy(dense)
+    if is_jax(leaf):
+        jax = sys.modules["jax"]
+        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+    return np.asarray(leaf) if isinstance(leaf, (np.generic, int, float, complex)) else leaf
+
+
+def _is_tensor(leaf: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(leaf, torch.Tensor)
 
 
 def is_dtensor(leaf: Any) -> bool:
