@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from funcavg import PeerLostError, average
+from funcavg import PeerLostError, average, broadcast
 
 LINK = "slow0"  # the interface of either host
 COUNTER = f"/sys/class/net/{LINK}/statistics/tx_bytes"
@@ -40,6 +40,9 @@ RAW = "1 | raw `dist.all_reduce` of one flat buffer"
 DONATED, FRESH = "1 | `average(tree, donate=True)`", "1 | `average(tree)`"
 RAW_OF_TWO, DONATED_OF_TWO = RAW.replace("1", "2"), DONATED.replace("1", "2")
 OFF = f"{DONATED_OF_TWO} without shared memory (`FUNCAVG_NODE=off`)"
+EACH, COPIED = "1 | `dist.broadcast` of each leaf", "1 | `broadcast(tree, donate=True)`"
+EACH_OF_TWO, COPIED_OF_TWO = EACH.replace("1", "2"), COPIED.replace("1", "2")
+MEANS = [RAW, DONATED, FRESH, RAW_OF_TWO, DONATED_OF_TWO, OFF]
 
 
 def run(command: str) -> str:
@@ -108,11 +111,11 @@ def results(ranks: Ranks) -> list[Any]:
 
 
 class Row(NamedTuple):
-    """One way to average 40 MB, as measured."""
+    """One way to average, or to copy, 40 MB, as measured."""
 
     seconds: float  # of the slowest rank; the median of all turns
     sent: list[float]  # bytes, by either host over the link; medians, too
-    is_right: bool  # the mean, in the same bits on all ranks, in all turns
+    is_right: bool  # the mean, or rank 0's values, in the same bits on all ranks, in all turns
 
 
 def measure(hosts: Sequence[str], names: Sequence[str]) -> dict[str, Row]:
@@ -175,6 +178,8 @@ def time_averages(rank: int, _: dist.Store, *names: str) -> dict[str, list[dict[
     flat = torch.empty_like(mine)
     all_reduce = lambda tree, group: dist.all_reduce(flat, group=group)
     donate = lambda tree, group: average(tree, group, donate=True)
+    each = lambda tree, group: [dist.broadcast(leaf, 0, group=group) for leaf in tree.values()] and tree
+    copy = lambda tree, group: broadcast(tree, group, donate=True)
     ways = {
         RAW: (all_reduce, pair, one),
         DONATED: (donate, pair, one),
@@ -182,6 +187,10 @@ def time_averages(rank: int, _: dist.Store, *names: str) -> dict[str, list[dict[
         RAW_OF_TWO: (all_reduce, everyone, two),
         DONATED_OF_TWO: (donate, everyone, two),
         OFF: (donate, apart, two),
+        EACH: (each, pair, one),
+        COPIED: (copy, pair, one),
+        EACH_OF_TWO: (each, everyone, two),
+        COPIED_OF_TWO: (copy, everyone, two),
     }
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for turn, name in itertools.product(range(TURNS), names):
@@ -198,7 +207,8 @@ def time_averages(rank: int, _: dist.Store, *names: str) -> dict[str, list[dict[
         sent = int(Path(COUNTER).read_text()) - before
         if rank in members:
             result = result or tree_in(flat / len(members))  # an all-reduce returns nothing, and leaves sums
-            turns[name].append({"seconds": seconds, "sent": sent} | judge(result, members))
+            of = members if name in MEANS else members[:1]
+            turns[name].append({"seconds": seconds, "sent": sent} | judge(result, of))
     return turns
 
 
@@ -239,7 +249,7 @@ def work(path: str, task: str, *args: str) -> None:
 def main() -> None:
     """Print the table."""
     with two_hosts() as hosts:
-        rows = measure(hosts, [RAW, DONATED, FRESH, RAW_OF_TWO, DONATED_OF_TWO, OFF])
+        rows = measure(hosts, MEANS) | measure(hosts, [EACH, COPIED, EACH_OF_TWO, COPIED_OF_TWO])
     print("| ranks per host | how | seconds | × raw | MB each way | Mbit/s |\n|--:|---|--:|--:|--:|--:|")
     for name, row in rows.items():
         times, megabytes = row.seconds / rows[RAW].seconds, max(row.sent) / 1e6

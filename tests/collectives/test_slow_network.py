@@ -4,6 +4,8 @@ import os
 
 import pytest
 from slow_network import (
+    COPIED,
+    COPIED_OF_TWO,
     DONATED,
     DONATED_OF_TWO,
     FRESH,
@@ -39,6 +41,13 @@ def test_an_average_takes_as_long_as_the_tree_takes_to_cross_the_link_once(hosts
         assert row.seconds <= 1.1 * rows[RAW].seconds, name
         assert max(row.sent) <= 1.05 * max(rows[RAW].sent), name
     assert rows[DONATED_OF_TWO].seconds <= 1.1 * rows[DONATED].seconds
+
+
+def test_a_broadcast_crosses_the_link_once_however_many_ranks_a_host_has(hosts):
+    for name, row in measure(hosts, [COPIED, COPIED_OF_TWO]).items():
+        assert row.is_right, name
+        assert max(row.sent) <= 1.05 * NBYTES, name
+        assert row.seconds <= 1.1 * 8 * NBYTES / RATE + 0.1, name
 
 
 @pytest.mark.parametrize("ranks_per_host", [(1, 1), (2, 2), (2, 1)], ids=str)
