@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["HUGE", "ask_for_huge_pages", "bytes_at", "c_library"]
+__all__ = ["HUGE", "ask_for_huge_pages", "bytes_at", "c_library", "let_go_of_pages"]
 
 HUGE = 4 << 20  # bytes, from which on huge pages are worth it: fresh memory costs four times less (NumPy does the same)
-PAGE, MADV_HUGEPAGE = 4096, 14
+PAGE, MADV_DONTNEED, MADV_HUGEPAGE = 4096, 4, 14
 
 
 def bytes_at(address: int, nbytes: int, owner: Any) -> npt.NDArray[np.uint8]:
@@ -34,6 +34,12 @@ def ask_for_huge_pages(address: int, nbytes: int) -> None:
     begin = -(-address // PAGE) * PAGE
     if sys.platform == "linux":
         c_library().madvise(begin, (address + nbytes - begin) // PAGE * PAGE, MADV_HUGEPAGE)
+
+
+def let_go_of_pages(address: int, nbytes: int) -> None:
+    """Let go of whole pages of a mapped file, which are read again when looked at. What was written there is lost."""
+    if sys.platform == "linux":
+        c_library().madvise(address, nbytes, MADV_DONTNEED)
 
 
 @functools.cache

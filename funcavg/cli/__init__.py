@@ -1,4 +1,4 @@
-"""The command line: ``funcavg bench`` and ``funcavg doctor``. What a user did wrong is one line, never a traceback."""
+"""The command line: ``funcavg bench``, ``doctor``, ``mean``. A user's mistake is one line, never a traceback."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import NoReturn
 
 from funcavg import __version__
 from funcavg._errors import FuncavgError
-from funcavg.cli import bench, doctor
+from funcavg.cli import bench, doctor, mean
 from funcavg.cli.environment import CliError, rank_of
 from funcavg.cli.jobs import AgreedError
 
 __all__ = ["main"]
 
-COMMANDS = {"bench": bench, "doctor": doctor}
+COMMANDS = {"bench": bench, "doctor": doctor, "mean": mean}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,9 +29,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="funcavg", description="Measure averaging on this machine, and find out what works on it.")
+    parser = _Parser(
+        prog="funcavg",
+        description="Measure averaging on this machine, find out what works on it, and average checkpoints.",
+    )
     parser.add_argument("--version", action="version", version=f"funcavg {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="bench | doctor")
+    commands = parser.add_subparsers(dest="command", required=True, metavar=" | ".join(COMMANDS))
     for name, command in COMMANDS.items():
         raw = argparse.RawDescriptionHelpFormatter
         command.add_arguments(

@@ -10,8 +10,8 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import funcavg
 from funcavg.cli import report, trees
 from funcavg.cli.checks import listening
 from funcavg.cli.environment import STARTED, CliError, choose_backend, cores, has, need
+from funcavg.cli.files import READERS
 from funcavg.cli.jobs import AgreedError, Job, agree, connect
 from funcavg.cli.rows import FLOOR, NOTHING, Row, make_rows, node_setting
 from funcavg.cli.start import start
@@ -50,9 +51,7 @@ WARM_UP = 2  # turns that are not counted
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument(
-        "--tree", default="resnet50", help=f"{', '.join(trees.NAMED)}, or a file: {', '.join(trees.READERS)}"
-    )
+    parser.add_argument("--tree", default="resnet50", help=f"{', '.join(trees.NAMED)}, or a file: {', '.join(READERS)}")
     parser.add_argument("--ranks", type=int, default=2, help="ranks to start, where no launcher has (default: 2)")
     parser.add_argument("--turns", type=int, default=15, help="turns that are counted (default: 15)")
     parser.add_argument(
@@ -108,7 +107,8 @@ def measure(job: Job, args: argparse.Namespace) -> None:
             if not chosen:
                 raise AgreedError(f"no row has one of {args.rows} in its name: {'; '.join(row.name for row in rows)}")
             rows = [row for row in rows if row.name in (NOTHING, FLOOR) or row in chosen]
-        progress = resources.enter_context(_progress(args.turns, rows, shown=job.rank == 0))
+        calls = (1 + WARM_UP + args.turns) * len(rows)
+        progress = resources.enter_context(report.progress(calls, unit="call", shown=job.rank == 0))
         first = {}
         for row in rows:
             first[row.name] = _first_call(job, row, args.device)
@@ -206,16 +206,3 @@ def _quartiles(values: Sequence[float]) -> list[float]:
         return [*values, *values]
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")
     return [first, third]
-
-
-@contextmanager
-def _progress(turns: int, rows: Sequence[Row], *, shown: bool) -> Iterator[Any]:
-    """Show a bar on a terminal, where tqdm is installed."""
-    total = (1 + WARM_UP + turns) * len(rows)
-    if not shown or not has("tqdm"):
-        yield lambda: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit="call", leave=False, disable=None) as bar:
-        yield bar.update

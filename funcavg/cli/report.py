@@ -1,15 +1,16 @@
-"""How results are shown: a table that is Markdown too, a sentence, a plot."""
+"""How results are shown: a table that is Markdown too, a sentence, a plot; and before them, how far it is."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from funcavg.cli.environment import CliError, has
 from funcavg.cli.rows import EACH, FLOOR, NOTHING, OURS, RAW, THEIRS
 
-__all__ = ["check_plot", "plot", "sentence", "table", "text", "title"]
+__all__ = ["check_plot", "plot", "progress", "sentence", "table", "text", "title"]
 
 
 def table(heading: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> str:
@@ -152,3 +153,15 @@ def sentence(tree: str, ranks: int, rows: Sequence[dict[str, Any]]) -> str:
 
 def _enumerated(parts: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+
+
+@contextmanager
+def progress(total: int, *, unit: str, shown: bool = True) -> Iterator[Callable[..., object]]:
+    """Show a bar on a terminal, where tqdm is installed; yield what advances it, by 1 or some."""
+    if not shown or not has("tqdm"):
+        yield lambda _=1: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit=unit, unit_scale=unit == "B", leave=False, disable=None) as bar:
+        yield bar.update

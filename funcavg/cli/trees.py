@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import json
 import math
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import optree
 
 from funcavg.cli.environment import CliError, has
+from funcavg.cli.files import READERS, open_file
 
 __all__ = ["NAMED", "Leaf", "Spec", "arrays", "random_array", "random_tensor", "read"]
 
@@ -29,18 +27,6 @@ WIDTHS = {
     "float64": 8,
     "complex64": 8,
     "complex128": 16,
-}
-SAFETENSORS = {
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F8_E8M0": "float8_e8m0fnu",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F32": "float32",
-    "F64": "float64",
-    "C64": "complex64",
 }
 
 
@@ -108,108 +94,20 @@ def read(tree: str) -> Spec:
     """Return the tree of this name, or of this file."""
     if tree in NAMED:
         return Spec(tree, {f"p{i}": Leaf("float32", shape) for i, shape in enumerate(NAMED[tree]())})
-    path = Path(tree)
-    if path.is_dir():
-        path = _in_folder(path)
-    if path.suffix not in READERS:
+    if not Path(tree).is_dir() and Path(tree).suffix not in READERS:
         raise CliError(
             f"no tree is called {tree!r}: take {', '.join(NAMED)}, a file ({', '.join(READERS)}), or a model's folder"
         )
-    if not path.is_file():
-        raise CliError(f"{tree}: no such file")
-    library, reader = READERS[path.suffix]
-    if not has(library):
-        raise CliError(f"{tree}: {path.suffix} files need {library}: pip install {library}")
-    try:
-        found = reader(path)
-    except Exception as error:  # whatever a library says of a file that it cannot read
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise CliError(f"{tree}: cannot be read as {path.suffix}: {reason}") from error
-    leaves = {name: leaf for name, leaf in found.items() if leaf.dtype in WIDTHS}
+    file = open_file(tree)
+    found = {name: array for name, array in file.arrays.items() if name not in file.tied}  # those are averaged once
+    leaves = {name: Leaf(array.dtype, array.shape) for name, array in found.items() if array.dtype in WIDTHS}
     if not leaves:
-        dtypes = ", ".join(sorted({leaf.dtype for leaf in found.values()}))
-        raise CliError(f"{tree}: nothing in it is averaged; its {len(found)} leaves are of {dtypes or 'no kind'}")
-    return Spec(path.name, leaves, len(found) - len(leaves))
-
-
-def _in_folder(folder: Path) -> Path:
-    """Return the file that stands for a model in a folder, as hubs lay them: an index of shards, or the only one."""
-    for pattern in ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.bin", "*.pt", "*.pth"):
-        found = sorted(folder.glob(pattern))
-        if len(found) == 1:
-            return found[0]
-        if found:
-            names = ", ".join(path.name for path in found[:5])
-            raise CliError(f"{folder}: {len(found)} files could be the model ({names}); name one, or their index")
-    raise CliError(f"{folder}: a folder without a model: no .safetensors, .bin, .pt or .pth, nor an index of such")
-
-
-def _index(path: Path) -> dict[str, Leaf]:
-    """Read the shards that an index names, as `save_pretrained` writes them."""
-    shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-    found: dict[str, Leaf] = {}
-    for name in shards:
-        shard = path.parent / name
-        if not shard.is_file():
-            raise ValueError(f"it names {name}, which is not there")
-        found |= READERS[shard.suffix][1](shard)
-    return found
-
-
-def _safetensors(path: Path) -> dict[str, Leaf]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="np") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return {
-            name: Leaf(SAFETENSORS.get(part.get_dtype(), part.get_dtype()), tuple(part.get_shape()))
-            for name, part in slices.items()
-        }
-
-
-def _npz(path: Path) -> dict[str, Leaf]:
-    if not zipfile.is_zipfile(path):
-        raise ValueError("it is no zip archive")
-    with np.load(path, allow_pickle=False) as file:
-        return {name: Leaf(str(array.dtype.newbyteorder("=")), array.shape) for name, array in file.items()}
-
-
-def _torch(path: Path) -> dict[str, Leaf]:
-    import torch
-
-    try:
-        # Mapped, so that values are not read, where the format allows it.
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # its own words are a page, and tell users to load the file unsafely
-        raise ValueError(
-            f"torch.load(weights_only=True) takes tensors in containers, such as a state_dict, and fails here with "
-            f"{type(error).__name__}"
-        ) from error
-    if isinstance(held, dict) and isinstance(held.get("state_dict"), dict):  # a checkpoint of Lightning, and its like
-        held = held["state_dict"]
-    paths, leaves, _ = optree.tree_flatten_with_path(held)
-    found, seen = {}, set()
-    for names, leaf in zip(paths, leaves, strict=True):
-        kind = Leaf(type(leaf).__name__, ())
-        if isinstance(leaf, torch.Tensor):
-            kind = Leaf(str(leaf.dtype).removeprefix("torch."), tuple(leaf.shape))
-            place = (leaf.untyped_storage().data_ptr(), leaf.storage_offset(), leaf.dtype, leaf.shape, leaf.stride())
-            if leaf.numel() and place in seen:  # tied, and averaged once
-                continue
-            seen.add(place)
-        found[".".join(map(str, names))] = kind
-    return found
-
-
-READERS: dict[str, tuple[str, Callable[[Path], dict[str, Leaf]]]] = {
-    ".safetensors": ("safetensors", _safetensors),
-    ".npz": ("numpy", _npz),
-    ".pt": ("torch", _torch),
-    ".pth": ("torch", _torch),
-    ".bin": ("torch", _torch),
-    ".ckpt": ("torch", _torch),
-    ".json": ("safetensors", _index),
-}
+        kinds = {array.dtype for array in found.values()} | {type(other).__name__ for other in file.others.values()}
+        count = len(found) + len(file.others)
+        raise CliError(
+            f"{tree}: nothing in it is averaged; its {count} leaves are of {', '.join(sorted(kinds)) or 'no kind'}"
+        )
+    return Spec(file.parts[0].name, leaves, len(found) + len(file.others) - len(leaves))
 
 
 def random_array(shape: int | tuple[int, ...], dtype: str) -> Any:

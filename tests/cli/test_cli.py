@@ -84,7 +84,7 @@ def folder(tmp_path, monkeypatch):
         ("doctor everything", "nothing is called 'everything': threads, torch, nccl, jax, mpi, node"),
         ("doctor --timeout 0", "--timeout must be 1 to 3600 seconds, got 0"),
         ("dance", "invalid choice: 'dance'"),
-        ("", "the following arguments are required: bench | doctor"),
+        ("", "the following arguments are required: bench | doctor | mean"),
     ],
 )
 def test_a_mistake_is_one_line(folder, capsys, args, says):
@@ -611,10 +611,9 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize("shown", [True, False])
 def test_progress_is_shown_on_a_terminal(monkeypatch, shown):
     monkeypatch.setattr(sys, "stderr", Terminal())
-    ways = [rows.Row(name, lambda: None) for name in ("memcpy", "ours")]
-    with bench._progress(3, ways, shown=shown) as progress:
-        for _ in range(2 * (1 + bench.WARM_UP + 3)):
-            progress()
+    with report.progress(12, unit="call", shown=shown) as advance:
+        for _ in range(12):
+            advance()
         assert (" 0/12 " in sys.stderr.getvalue()) == shown
 
 
@@ -804,7 +803,7 @@ def test_verdicts():
 
 
 def test_everyone_who_asks_is_told_how(capsys):
-    for args in (["--help"], ["bench", "--help"], ["doctor", "--help"]):
+    for args in (["--help"], ["bench", "--help"], ["doctor", "--help"], ["mean", "--help"]):
         with pytest.raises(SystemExit) as leaving:
             main(args)
         assert leaving.value.code == 0
