@@ -17,7 +17,7 @@ from the root's and publishes it in an out-slot::
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from funcavg._engine.lanes import Cargo, Lane
 from funcavg.collectives.base import Pending
 from funcavg.collectives.node import Node
 
-__all__ = ["CopyLane", "DeviceCopyLane", "NodeCopyLane", "StageSlots"]
+__all__ = ["CopyLane", "DeviceCopyLane", "NodeCopyLane", "StageSlots", "copies"]
 
 AHEAD = 2  # buckets on their way to other nodes
 
@@ -108,6 +108,20 @@ class StageSlots:
         return stage, None, stage
 
 
+def copies(buckets: int) -> Iterator[tuple[str, int]]:
+    """Yield what a rank of a node does in one call: (action, bucket); bucket k is in slot k & 1.
+
+    All of a group meet once more when they have taken the last bucket, which keeps calls apart.
+    """
+    for k in range(buckets):
+        yield "fill", k
+        if k:
+            yield "take", k - 1
+        yield "meet", k
+    if buckets:
+        yield "take", buckets - 1
+
+
 class NodeCopyLane:
     """Through the memory that ranks of one host share, and on to other nodes."""
 
@@ -119,15 +133,15 @@ class NodeCopyLane:
         self.relay = None if node.channel is None else _Relay(plan, node, home)
 
     def carry(self, cargo: Cargo) -> None:
-        """Move all buckets; bucket k is in slot k & 1, which is filled again after the next meeting."""
-        for k, filled in enumerate([*self.plan, None]):
-            if filled is not None:
-                self._fill(filled, cargo)
+        """Move all buckets."""
+        for action, k in copies(len(self.plan)):
+            if action == "fill":
+                self._fill(self.plan[k], cargo)
                 _points.reached("copied_in", k)
-            if k:
-                self._take(self.plan[k - 1], cargo)
-                _points.reached("copied_out", k - 1)
-            if filled is not None:
+            elif action == "take":
+                self._take(self.plan[k], cargo)
+                _points.reached("copied_out", k)
+            else:
                 self.node.meet(cargo.timeout)
                 _points.reached("arrived", k)
         if self.relay is not None:

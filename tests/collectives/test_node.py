@@ -19,6 +19,7 @@ from helpers.processes import run_processes
 from helpers.trees import assert_is_mean, bits
 
 from funcavg import _points, average, start_average
+from funcavg._engine.copies import copies
 from funcavg._engine.node_lane import weights_by_node
 from funcavg._engine.session import session_of
 from funcavg.collectives import as_collective, discovery
@@ -95,6 +96,55 @@ def test_no_meeting_can_be_left_out(delay):
     # But those between the last reduction and the first mean to come back.
     idle = [call * meetings // CALLS + i for call in range(CALLS) for i in range(BUCKETS, delay + 1)]
     assert [i for i, it_is in enumerate(found) if not it_is] == idle
+
+
+def explore_copies(ranks, writers, buckets, drop=None):
+    """Likewise for two broadcasts, in which some ranks fill the stage and all read it; return the first conflict."""
+    steps = []
+    for call in range(CALLS):
+        steps += [(action, (call, k), k & 1) for action, k in copies(buckets)]
+        steps.append(("meet", (call, buckets), 0))  # the closing gather
+    meetings = [i for i, step in enumerate(steps) if step[0] == "meet"]
+    if drop is not None:
+        del steps[meetings[drop]]
+    fills = {}  # the last fill of each slot that has begun at a position, and where
+    begun = []
+    for position, (action, item, slot) in enumerate(steps):
+        if action == "fill":
+            fills = {**fills, slot: (item, position)}
+        begun.append(fills)
+    begun.append(fills)
+    arrived = [*itertools.accumulate(action == "meet" for action, *_ in steps), CALLS * 99]
+    start = (0,) * ranks
+    seen, queue = {start}, deque([start])
+    while queue:
+        state = queue.popleft()
+        for rank, position in enumerate(state):
+            if position == len(steps):
+                continue
+            action, item, slot = steps[position]
+            if action == "take":
+                for writer in range(writers):
+                    wrote, at = begun[state[writer]].get(slot, (None, 0))
+                    if wrote != item or (at == state[writer] and writer != rank):
+                        return f"rank {rank} takes {item} and finds {wrote} of rank {writer}"
+            if action == "meet" and any(arrived[other] < arrived[position] for other in state):
+                continue
+            following = (*state[:rank], position + 1, *state[rank + 1 :])
+            if following not in seen:
+                seen.add(following)
+                queue.append(following)
+    return None
+
+
+@pytest.mark.parametrize("buckets", [1, 2, 3, 5])
+@pytest.mark.parametrize(("ranks", "writers"), [(2, 1), (3, 1), (2, 2), (3, 2)])
+def test_no_stage_is_filled_while_someone_may_read_it(ranks, writers, buckets):
+    """The root alone fills its own node's; of others each rank that has a shard."""
+    assert explore_copies(ranks, writers, buckets) is None
+    needed = [explore_copies(ranks, writers, buckets, drop) is not None for drop in range(2 * buckets + 1)]
+    # But the one between two calls of which the first ends in slot 1: the second begins in the other.
+    assert [drop for drop, it_is in enumerate(needed) if not it_is] == ([buckets] if buckets % 2 == 0 else [])
 
 
 # Who is with whom
