@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+from funcavg._compile import outside
 from funcavg._transforms import jax, recorders, replicas, torch
 from funcavg._transforms.call import Call
 from funcavg._trees import Request, failed_request
@@ -38,7 +39,7 @@ def described(call: Call) -> tuple[Request, AbstractContextManager[Any]]:
     if not where:
         return _checked(call), contextlib.nullcontext()
     mistake = RuntimeError(f"called {where}, where leaves have no bits to be read. Call it outside of it")
-    inside = contextlib.nullcontext() if "JAX" in where else recorders.outside()
+    inside = contextlib.nullcontext() if "JAX" in where else outside()
     return failed_request(mistake, call.options), inside
 
 

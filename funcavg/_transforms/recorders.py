@@ -7,15 +7,14 @@ under fake tensors there is no memory; and transports are made of tensors, which
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from funcavg._compile import outside
 from funcavg._engine import Flight, Handle, carry_out, session_of
 from funcavg._transforms.call import Call
 from funcavg._trees import failed_request
 
-__all__ = ["average", "outside", "recorder", "start", "takes"]
+__all__ = ["average", "recorder", "start", "takes"]
 
 MODES = {  # of torch's, by their classes' names
     "ProxyTorchDispatchMode": "make_fx, or torch.export",
@@ -70,20 +69,3 @@ def recorder() -> str:
         if any(level.key() == functorch.TransformType.Functionalize for level in levels):
             return "torch.func.functionalize"
     return ""
-
-
-@contextmanager
-def outside() -> Iterator[None]:
-    """Let torch do what follows, and neither record nor transform it: ranks tell each other by tensors, too."""
-    torch: Any = sys.modules["torch"]
-    state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
-    try:
-        with ExitStack() as without:
-            without.enter_context(sys.modules["torch.utils._python_dispatch"]._disable_current_modes())
-            if torch._C._are_functorch_transforms_active():
-                functorch: Any = sys.modules["torch._functorch.pyfunctorch"]
-                without.enter_context(functorch.temporarily_clear_interpreter_stack())
-            yield
-    finally:
-        torch._C._set_tracing_state(state)

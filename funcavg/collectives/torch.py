@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from funcavg._compile import outside
 from funcavg._errors import PeerLostError
 from funcavg.collectives.base import Pending
 from funcavg.collectives.connecting import connect, translate_errors
@@ -139,7 +140,7 @@ class TorchCollective(Rows):
             # Gloo's abort() leaves a thread of this process that waits there waiting. A wait that times out ends all
             # waits; one for a rank that is gone fails at once instead, and ends none, so every rank is waited for.
             for peer in self._peers():
-                with contextlib.suppress(RuntimeError):
+                with contextlib.suppress(RuntimeError), outside():
                     alarm = torch.from_numpy(np.empty(1, np.uint8))
                     gloo.recv([alarm], peer, ALARM).wait(timedelta(milliseconds=1))
             if hasattr(gloo, "abort"):  # older torch closes them when the last reference goes
@@ -160,7 +161,7 @@ class TorchCollective(Rows):
             counts[peer, channel] += 1
             return (counts[peer, channel] & 0xFFFF) + (channel << 16)
 
-        with translate_errors(self._me(), "to start a transfer", timeout):
+        with outside(), translate_errors(self._me(), "to start a transfer", timeout):
             works = [(p, group.recv([torch.from_numpy(row)], p, tag(self._received, p))) for p, row in receive]
             works += [(p, group.send([torch.from_numpy(row)], p, tag(self._sent, p))) for p, row in send]
         self.bytes_sent += sum(row.nbytes for _, row in send)

@@ -1,5 +1,7 @@
 """average as a function that torch differentiates and vectorises. The loss is the sum over ranks."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from helpers import mpi
 from helpers.processes import run_processes
 from torch.func import grad, jacrev, jvp, vjp, vmap
 
-from funcavg import average
+from funcavg import TreeMismatchError, average
 from funcavg.testing import run_ranks
 
 SIZE = 3
@@ -214,3 +216,29 @@ def test_mistakes_reach_all_ranks_from_inside_a_transform():
         return average(float(group.rank), group)
 
     assert run_ranks(2, fn) == [0.5, 0.5]
+
+
+def mistakes_over_gloo(rank, node):
+    """Agreement is made of tensors, which no transform may take for its own; here at the first call on the group."""
+    os.environ["FUNCAVG_NODE"] = node
+
+    def odd_leaf(x):
+        return average({"x": x, "y": "text" if rank == 1 else 1.0})["x"].sum()
+
+    def odd_tree(x):
+        return average({"x": x, "y": 1.0} if rank else {"x": x})["x"].sum()
+
+    words = []
+    for transform in (torch.func.grad, torch.func.vmap, lambda fn: torch.func.vmap(torch.func.grad(fn))):
+        for fn, kind in ((odd_leaf, TypeError), (odd_tree, TreeMismatchError)):
+            with pytest.raises(kind) as caught:
+                transform(fn)(torch.ones(2, 3) if transform is not torch.func.grad else torch.ones(3))
+            words.append(str(caught.value))
+    assert torch.func.grad(lambda x: x.sum() * average(float(rank)))(torch.ones(2)).tolist() == [0.5, 0.5]
+    return words
+
+
+@pytest.mark.parametrize("node", ["one", "off"])
+def test_mistakes_inside_a_transform_reach_all_processes(node):
+    one, other = run_processes(2, mistakes_over_gloo, node)
+    assert one == other
