@@ -165,12 +165,10 @@ def test_faults_that_a_rank_survives_under_mpi(action, size, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("action", TIMEOUTS)
-def test_faults_of_a_broadcast(action, mode):
+def test_faults_of_a_broadcast(mode):
     """The root has sent all before others are lost, and hears of it nevertheless."""
-    timeout = TIMEOUTS[action]
-    ranks = run_processes(2, over_gloo, 2, mode, action, timeout, "broadcast", timeout=100)
-    assert_all_went_well(ranks, mode, action, timeout, closes=True, always=True)
+    ranks = run_processes(2, over_gloo, 2, mode, "raise", 4.0, "broadcast", timeout=100)
+    assert_all_went_well(ranks, mode, "raise", 4.0, closes=True, always=True)
 
 
 @pytest.mark.mpi
@@ -210,7 +208,7 @@ def killed(rank, mode, point, last, victim, method="average"):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize(("point", "last"), [("copied_in", False), ("arrived", True), ("copied_out", True)])
+@pytest.mark.parametrize(("point", "last"), [("copied_in", False), ("copied_out", True)])
 def test_a_rank_is_killed_in_a_broadcast(mode, point, last, victim):
     """The root is rank 1."""
     for found in filter(None, run_processes(3, killed, mode, point, last, victim, "broadcast", dies=(victim,))):
