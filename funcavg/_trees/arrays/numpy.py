@@ -26,7 +26,7 @@ class NumpyArrays(Family):
         )
 
     def describe(self, leaf: Any) -> Leaf:
-        _refuse_subclass(leaf)
+        _refuse_subclass(leaf, "averaging")
         return _describe_numpy(leaf.dtype, leaf.shape, plain=leaf.dtype.kind != "c")
 
     def carrier(self, leaf: Any) -> Any:
@@ -153,7 +153,7 @@ class ExactArrays(NumpyArrays):
     """Arrays as bits."""
 
     def describe(self, leaf: Any) -> Leaf:
-        _refuse_subclass(leaf)
+        _refuse_subclass(leaf, "taking")
         return _describe_bits(leaf.dtype, leaf.shape)
 
     def carrier(self, leaf: Any) -> Any:
@@ -205,9 +205,9 @@ class ExactIntegers(ExactScalars):
         return carrier
 
 
-def _refuse_subclass(leaf: Any) -> None:
+def _refuse_subclass(leaf: Any, doing: str) -> None:
     if type(leaf) not in (np.ndarray, np.memmap):
-        cure = "its data alone would lose what the subclass means; pass np.asarray(leaf)"
+        cure = f"{doing} its data alone would lose what the subclass means; pass np.asarray(leaf)"
         raise TypeError(f"NumPy subclass {type_name(leaf)} ({cure})")
 
 
