@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import math
 import re
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,8 +36,8 @@ A .pt, .pth, .bin or .ckpt is the first such file with other numbers: its struct
 stay (so Lightning can load it: the optimizer's state and the epoch are that file's). A .safetensors keeps the metadata
 of the first such file.
 
-No more than one model is in memory, however many files there are; nothing, if OUT is a .safetensors or .npz. (Files of
-torch before 1.6 are read as a whole.) OUT is written beside its place and then renamed.
+At most one model is in memory, however many files there are, and not even one if OUT is a .safetensors or .npz. (Files
+of torch before 1.6 are read as a whole.) OUT is written beside its place and then renamed.
 
 Exit code 1: a file is damaged, does not fit to the first, or cannot be written; 2: a mistake in the command.
 """
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     except re.error as error:
         raise CliError(f"--where {args.where}: no regular expression: {error}") from error
     out = check_output(args.output)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # to take away what is half written
+    before = _leave_at_sigterm()
     try:
         files = [open_file(name) for name in args.files]
         for file in files:
@@ -79,9 +81,19 @@ def run(args: argparse.Namespace) -> int:
     except BadFileError as error:
         print(f"funcavg mean: {error}", file=sys.stderr)
         return 1
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     seconds = time.perf_counter() - begin
     print(f"{args.output}: the mean of {len(files)} file(s), {len(elements)} leaves, {nbytes:,} bytes, {seconds:.2f} s")
     return 0
+
+
+def _leave_at_sigterm() -> Any:
+    """Let SIGTERM raise, so that what is half written is taken away; return the handler before, None in a thread."""
+    with contextlib.suppress(ValueError):
+        return signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    return None
 
 
 def _check_weights(weights: Sequence[float] | None, files: Sequence[str]) -> None:
