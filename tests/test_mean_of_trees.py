@@ -540,3 +540,15 @@ def test_on_a_gpu(places, name, weights, form):
     result = mean(form(made), weights)
     assert result.device == made[0].device
     torch.testing.assert_close(result.cpu(), mean(host, weights), rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_memory_on_a_gpu():
+    """One tree, sums, and the result, which is there from the beginning."""
+    mean(iter([torch.ones(8, device="cuda")] * 3))
+    torch.cuda.reset_peak_memory_stats()
+    before, n = torch.cuda.memory_allocated(), 64 << 20
+    result = mean(torch.full((n // 4,), float(k % 3), device="cuda") for k in range(9))
+    assert (result == 1).all()
+    assert (torch.cuda.max_memory_allocated() - before) / n < 4.5

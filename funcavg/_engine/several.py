@@ -68,7 +68,7 @@ class InTurn:
     def means(self, *, same_ties: bool) -> tuple[Request, list[Any]]:
         """Return the first request, as far as it is still known, and the means of its leaves."""
         assert self._base is not None
-        options = replace(self._base.options, donate=same_ties)  # the blank leaves' own memory
+        options = replace(self._base.options, donate=same_ties)  # blank memory, which a GPU has given
         base = self._base._replace(options=options)
         norm = sum(filter(None, self._scales)) if self._scales else float(self._count)
 
@@ -127,7 +127,5 @@ class _Written(Solo):
             if memory is None:  # on a device, or not in order
                 memory, window = _memory(family, leaf)
             self._write(i, leaf, memory.view(leaf.native) if leaf.device else memory)
-            if window is None:
-                family.written(results[i])
-            else:
+            if window is not None:
                 family.copy([results[i]], [window])

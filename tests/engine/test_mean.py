@@ -142,20 +142,26 @@ def test_a_sum_that_overflows_costs_nobody_an_ulp(element, mean_of):
     """Neither its neighbours nor itself: as if exponents had no end."""
     rng = np.random.default_rng(0)
     for size in (2, 3, 5):
-        small = [rng.uniform(-7.9, 7.9, 400).astype(element) for _ in range(size)]
-        far = np.ldexp(np.ones(1, element), np.finfo(element).maxexp - 3)  # nearly infinite
-        large = [array * far for array in small]
-        results = mean_of([np.concatenate(pair) for pair in zip(small, large, strict=True)])
-        expected = kernel(small)
+        ordinary = [rng.uniform(-7.9, 7.9, 400).astype(element) for _ in range(size)]
+        tiny = [array * np.finfo(element).smallest_subnormal for array in ordinary]
+        far = np.ldexp(np.ones(1, element), np.finfo(element).maxexp - 3)
+        large = [array * far for array in ordinary]
+        results = mean_of([np.concatenate(group) for group in zip(tiny, ordinary, large, strict=True)])
         with np.errstate(over="ignore"):
             assert np.isinf(sum(large)).any()
-        assert bits(results[:400]) == bits(expected)
-        assert bits(results[400:]) == bits(expected * far)
+        assert bits(results[:400]) == bits(kernel(tiny))
+        assert bits(results[400:800]) == bits(kernel(ordinary))
+        assert bits(results[800:]) == bits(kernel(ordinary) * far)
     limit = np.finfo(element).max
     below = np.nextafter(limit, 0)
     for numbers in ([limit, limit, below], [limit] * 6 + [below], [limit, below] * 3, [-limit, below, limit, -below]):
         arrays = [np.array([number], element) for number in numbers]
         assert_is_mean(mean_of(arrays), arrays)
+    for size in (3, 4, 6):  # where rounded sums and weights take some of these means beyond the limit
+        arrays = [np.array([limit, below], element)[rng.integers(2, size=500)] for _ in range(size)]
+        for _ in range(10):
+            weighted = mean_of(arrays, list(rng.uniform(0.1, 1, size)))
+            assert ((limit * (1 - 2.0**-48) <= weighted) & (weighted <= limit)).all()
     mixed = [np.array([limit, limit, limit, np.inf], element), np.array([limit, limit, limit, 1], element)]
     mixed.append(np.array([np.inf, -np.inf, np.nan, -np.inf], element))
     np.testing.assert_array_equal(mean_of(mixed), [np.inf, -np.inf, np.nan, np.nan])
@@ -187,6 +193,23 @@ def test_tensors_in_place_of_bytes(device, name, size, values):
     tensor_mean_into(out, [tensors[0]] * size, weights)
     if values != "special":  # the payload of NaN may change
         assert torch.equal(out.view(torch.uint8), tensors[0].view(torch.uint8))
+
+
+@pytest.mark.parametrize("values", ["ordinary", "subnormal", "wide"])
+@pytest.mark.parametrize("name", TORCH_FLOATS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_tensors_one_after_another(device, name, values, monkeypatch):
+    monkeypatch.setattr(mean, "DEVICE_BLOCK", 4)
+    for size in (1, 2, 3, 5):
+        tensors = [build(S("torch", name, (13,), values=values), rank).to(device) for rank in range(size)]
+        for weights in ([1.0] * size, [0.5 + rank for rank in range(size)]):
+            out, expected, memory = (torch.empty_like(tensors[0]) for _ in range(3))
+            tensor_mean_into(expected, tensors, weights)
+            sums = Sums(name, on_device=True)
+            for tensor, scale in zip(tensors, scaled(weights), strict=True):
+                sums.add(memory.copy_(tensor), scale)
+            sums.mean_into(out, sum(scaled(weights)))
+            assert bits(out.cpu()) == bits(expected.cpu())
 
 
 @pytest.mark.parametrize("device", DEVICES)
