@@ -1,6 +1,7 @@
 """Average the parameters of a distributed training job, as a pure function.
 
-When: `should_average`. What: `average`, `start_average`; and `mean`, of several trees in one process. With whom:
+When: `should_average`. What: `average`, `start_average`; `broadcast` and `differences` of replicas; `mean` of several
+trees in one process. With whom:
 `Collective`, `stacked` and `funcavg.collectives`. How, over a training run: `periodic`, `hierarchical`, and `diloco`
 with its optimizers in `funcavg.outer`; each makes an `Averager`. For classic loops: `PeriodicModelAverager` and its
 kin, which need torch. These two are imported when first asked for.

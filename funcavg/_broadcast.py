@@ -29,7 +29,8 @@ def broadcast(  # noqa: PLR0913  # public: its options are keywords
 
     It is how replicas start alike: from the parameters that one of them has made or loaded. Unlike `funcavg.average`,
     it takes **every** array: integers, bools and PRNG keys, too, and NaNs keep their payloads. Use the return value:
-    the inputs are never written to (unless donated), on the root neither, and no leaf shares memory with them.
+    the inputs are never written to (unless donated), on the root neither, and no leaf that is broadcast shares memory
+    with them.
 
     Args:
         params_tree: As for `funcavg.average`, and besides: integer and bool arrays, typed PRNG keys, NumPy arrays

@@ -56,7 +56,8 @@ def mean(trees: Iterable[T], weights: Iterable[float] | None = None, *, where: W
         UserWarning: If leaves that are not averaged differ between trees.
 
     Memory:
-        From a list, that of the result. From an iterator, one tree at a time, and sums: 8 bytes for each averaged
+        From a list, that of the result; of more than two trees, also a copy and the sums of one leaf at a time, of
+        those that do not lie in one piece. From an iterator, one tree at a time, and sums: 8 bytes for each averaged
         element, and 9 more for one of float64; then, after the last tree has been let go, the result.
 
     Accuracy:
@@ -121,8 +122,8 @@ def _checked(weights: Any) -> list[float]:
         numbers = [check_weight(number) for number in weights]
     except TypeError as error:
         raise TypeError(
-            f"mean: weights must be a sequence of numbers, one for each tree, got {weights!r} of type "
-            f"{type(weights).__name__}. Pass the trees in one list, mean([one, other])."
+            f"mean: weights must be a sequence of numbers, one for each tree, got {repr(weights)[:60]} of "
+            f"type {type(weights).__name__}. Pass the trees in one list, mean([one, other])."
         ) from error
     except ValueError as error:
         raise ValueError(f"mean: {error}") from None

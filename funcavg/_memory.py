@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["HUGE", "ask_for_huge_pages", "bytes_at", "c_library", "let_go_of_pages"]
+__all__ = ["HUGE", "PAGE", "ask_for_huge_pages", "bytes_at", "c_library", "let_go_of_pages"]
 
 HUGE = 4 << 20  # bytes, from which on huge pages are worth it: fresh memory costs four times less (NumPy does the same)
 PAGE, MADV_DONTNEED, MADV_HUGEPAGE = 4096, 4, 14

@@ -4,6 +4,7 @@ import gc
 import re
 import subprocess
 import sys
+import tracemalloc
 import warnings
 import weakref
 from collections import OrderedDict, deque
@@ -552,3 +553,32 @@ def test_memory_on_a_gpu():
     result = mean(torch.full((n // 4,), float(k % 3), device="cuda") for k in range(9))
     assert (result == 1).all()
     assert (torch.cuda.max_memory_allocated() - before) / n < 4.5
+
+
+def test_integers_of_several_frameworks_may_be_equal():
+    """And of another byte order; no warning, which would be an error here."""
+    trees = [{"n": torch.tensor(3), "b": torch.tensor([True])}, {"n": np.array(3), "b": np.array([True])}]
+    trees.append({"n": np.array(3, ">i8"), "b": np.array([True])})
+    assert mean(trees)["n"].item() == 3
+    with pytest.warns(UserWarning, match=r"params_tree\['n'\]: int64\[\], in tree 1"):
+        mean([trees[0], {"n": np.array(4), "b": np.array([True])}])
+
+
+def test_weights_that_cannot_be_told_from_0_once_scaled():
+    weights, trees = [1e-200, 1e200], [{"w": np.array([np.inf, 1, 0.0])}, {"w": np.array([2, 1, -0.0])}]
+    wanted = run_ranks(2, lambda group: average(trees[group.rank], group, weight=weights[group.rank]))[0]["w"]
+    with np.errstate(all="ignore"):
+        for found in (mean(trees, weights), mean(iter(trees), weights)):
+            assert np.array_equal(np.isnan(found["w"]), np.isnan(wanted))
+            assert found["w"][1:].tobytes() == wanted[1:].tobytes()
+
+
+def test_leaves_that_do_not_lie_in_order_are_not_all_copied_at_once():
+    trees = [{"w": np.asfortranarray(np.random.default_rng(i).normal(size=(500, 400)))} for i in range(20)]
+    tracemalloc.start()
+    found = mean(trees)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * found["w"].nbytes
+    wanted = run_ranks(20, lambda group: average(trees[group.rank], group))[0]
+    assert found["w"].tobytes() == wanted["w"].tobytes()

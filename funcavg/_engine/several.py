@@ -25,9 +25,17 @@ def means_of(requests: Sequence[Request], weights: Sequence[float] | None, *, sa
     chosen = [k for k in range(len(requests)) if weights is None or weights[k]]
     numbers = None if weights is None else [weights[k] for k in chosen]
     columns = [requests[k].leaves for k in chosen]
+    scales = [1.0] * len(chosen) if numbers is None else scaled(numbers)
 
     def write(i: int, leaf: Leaf, out: Any) -> None:
-        rows = [_row(requests[k], i, column[i], leaf) for k, column in zip(chosen, columns, strict=True)]
+        pairs = list(zip(chosen, columns, strict=True))
+        if len(pairs) > 2 and not all(_lies_in_order(requests[k], i, column[i]) for k, column in pairs):
+            sums = Sums(str(leaf.element), on_device=bool(leaf.device))  # else all would be copied at once
+            for (k, column), scale in zip(pairs, scales, strict=True):
+                sums.add(_row(requests[k], i, column[i], leaf), scale)
+            sums.mean_into(out, sum(scales))
+            return
+        rows = [_row(requests[k], i, column[i], leaf) for k, column in pairs]
         if leaf.device:
             tensor_mean_into(out, rows, numbers)
         else:
@@ -40,7 +48,7 @@ class InTurn:
     """The sums of requests that come one after another, and may be gone when the next one comes."""
 
     def __init__(self, weights: Sequence[float] | None) -> None:
-        self._scales = scaled(weights) if weights else None
+        self._weights, self._scales = weights, scaled(weights) if weights else None
         self._count = 0
         self._base: Request | None = None
         self._ties: Mapping[int, int] = {}
@@ -53,9 +61,10 @@ class InTurn:
         if self._ties and not same_ties:  # from now on each goes its own way
             self._sums |= {i: copy.deepcopy(self._sums[j]) for i, j in self._ties.items() if j in self._sums}
             self._ties = {}
+        weight = self._weights[self._count] if self._weights else 1.0
         scale = self._scales[self._count] if self._scales else 1.0
         self._count += 1
-        if not scale:
+        if not weight:  # a scale may be 0, too small to be told from it
             return
         layout = self._base.layout
         assert layout is not None
@@ -70,7 +79,7 @@ class InTurn:
         assert self._base is not None
         options = replace(self._base.options, donate=same_ties)  # blank memory, which a GPU has given
         base = self._base._replace(options=options)
-        norm = sum(filter(None, self._scales)) if self._scales else float(self._count)
+        norm = sum(self._scales) if self._scales else float(self._count)
 
         def write(i: int, _: Leaf, out: Any) -> None:
             self._sums.pop(i).mean_into(out, norm)
@@ -86,6 +95,13 @@ def _blank(request: Request) -> Request:
     for i, blank in zip(request.layout.averaged, blanks, strict=True):
         leaves[i] = blank
     return request._replace(flat=request.flat._replace(leaves=leaves))
+
+
+def _lies_in_order(request: Request, i: int, value: Any) -> bool:
+    """Say whether a leaf can be read where it lies."""
+    assert request.layout is not None
+    family = request.layout.families[i]
+    return family.as_bytes(family.carrier(value)) is not None
 
 
 def _row(request: Request, i: int, value: Any, like: Leaf) -> Any:

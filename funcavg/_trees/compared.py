@@ -20,7 +20,7 @@ class Compared:
 
     def __init__(self, who: str, options: Options) -> None:
         self.same_ties = True
-        self.lost: list[str] = []  # leaves that are not averaged, of which a tree has other values; and which tree
+        self._lost: dict[int, int] = {}  # leaves that are not averaged -> the first tree that has other values
         self._who, self._options = who, options
         self._count = 0
         self._claim = Claim(b"", (), b"", b"")  # of the first tree
@@ -51,9 +51,13 @@ class Compared:
         self.same_ties = self.same_ties and claim.ties == self._claim.ties
         for i, kept in self._kept.items():
             if not same_values(kept, request.flat.leaves[i]):
-                line = self._claim.lines[1 + i].replace(": not averaged", ": where refuses it")
-                if not any(known.startswith(f"{line}, in") for known in self.lost):
-                    self.lost.append(f"{line}, in tree {position}")
+                self._lost.setdefault(i, position)
+
+    @property
+    def lost(self) -> list[str]:
+        """What other trees hold in leaves that are not averaged, and is not part of the result."""
+        lines = {i: self._claim.lines[1 + i].replace(": not averaged", ": where refuses it") for i in self._lost}
+        return [f"{line}, in tree {self._lost[i]}" for i, line in lines.items()]
 
     def rebuild(self, base: Request, means: Sequence[Any]) -> Any:
         """Return the first tree around means."""

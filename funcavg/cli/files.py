@@ -141,17 +141,27 @@ def _in_folder(folder: Path) -> Path:
 
 def _index(path: Path) -> File:
     """Open the shards that an index names, as `save_pretrained` writes them."""
-    shards = []
-    for name in sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())):
+    held = json.loads(path.read_text(encoding="utf-8"))
+    weight_map = held.get("weight_map") if isinstance(held, dict) else None
+    if not isinstance(weight_map, dict):
+        raise ValueError("it is no index of shards, which has a weight_map")  # noqa: TRY004  # as other damage
+    opened = {}
+    for name in sorted(set(weight_map.values())):
         shard = path.parent / name
         if not shard.is_file():
             raise ValueError(f"it names {name}, which is not there")
-        shards.append(READERS[shard.suffix][1](shard))
+        if shard.suffix not in READERS or shard.suffix == ".json":
+            raise ValueError(f"it names {name}, which is no file of arrays")
+        opened[name] = READERS[shard.suffix][1](shard)
+    shards = list(opened.values())
     whole = File(path.name, [path, *(part for shard in shards for part in shard.parts)], {})
+    for name, shard_name in weight_map.items():  # a shard may hold more than it is asked for
+        if name not in opened[shard_name].arrays:
+            raise ValueError(f"leaf {name!r} is not in {shard_name}, where it should be")
+        whole.arrays[name] = opened[shard_name].arrays[name]
     for shard in shards:
-        whole.arrays |= shard.arrays
         whole.others |= shard.others
-        whole.tied |= shard.tied
+        whole.tied |= {name: one for name, one in shard.tied.items() if {name, one} <= whole.arrays.keys()}
         whole.metadata = whole.metadata or shard.metadata
         whole.whole = whole.whole or shard.whole
 

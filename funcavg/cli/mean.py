@@ -36,8 +36,9 @@ A .pt, .pth, .bin or .ckpt is the first such file with other numbers: its struct
 stay (so Lightning can load it: the optimizer's state and the epoch are that file's). A .safetensors keeps the metadata
 of the first such file.
 
-At most one model is in memory, however many files there are, and not even one if OUT is a .safetensors or .npz. (Files
+However many files there are, at most one model is in memory, and not even one if OUT is a .safetensors or .npz. (Files
 of torch before 1.6 are read as a whole.) OUT is written beside its place and then renamed.
+Damage inside of an array is noticed in a .npz only: other formats have no checksum, or torch does not look at it.
 
 Exit code 1: a file is damaged, does not fit to the first, or cannot be written; 2: a mistake in the command.
 """
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     except re.error as error:
         raise CliError(f"--where {args.where}: no regular expression: {error}") from error
     out = check_output(args.output)
-    before = _leave_at_sigterm()
+    before = _leave_at_signals()
     try:
         files = [open_file(name) for name in args.files]
         for file in files:
@@ -82,18 +83,21 @@ def run(args: argparse.Namespace) -> int:
         print(f"funcavg mean: {error}", file=sys.stderr)
         return 1
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     seconds = time.perf_counter() - begin
     print(f"{args.output}: the mean of {len(files)} file(s), {len(elements)} leaves, {nbytes:,} bytes, {seconds:.2f} s")
     return 0
 
 
-def _leave_at_sigterm() -> Any:
-    """Let SIGTERM raise, so that what is half written is taken away; return the handler before, None in a thread."""
-    with contextlib.suppress(ValueError):
-        return signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    return None
+def _leave_at_signals() -> dict[Any, Any]:
+    """Let what ends a job raise, so that what is half written is taken away; return the handlers before."""
+    before = {}
+    with contextlib.suppress(ValueError):  # not in the main thread, where no handler can be set
+        for name in ("SIGTERM", "SIGHUP"):  # Windows has one of them
+            if number := getattr(signal, name, None):
+                before[number] = signal.signal(number, lambda number, _: sys.exit(128 + number))
+    return before
 
 
 def _check_weights(weights: Sequence[float] | None, files: Sequence[str]) -> None:

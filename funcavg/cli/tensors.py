@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import optree
 
-from funcavg._memory import let_go_of_pages
+from funcavg._memory import PAGE, let_go_of_pages
 from funcavg._trees import family_of
 
-__all__ = ["Saved", "between", "load", "memory_of", "overlapping", "read", "write"]
+__all__ = ["Saved", "between", "load", "memory_of", "overlapping", "read", "rest_of", "write"]
 
 Memory = npt.NDArray[Any]
 WEIGHTS = ("state_dict", "model")  # where checkpoints of trainers hold the model's arrays, beside other things
@@ -62,6 +62,21 @@ def load(path: Path) -> Saved:
             if first != name:
                 tied[name] = first
     return Saved(held, tensors, others, tied, _mapped([place[0] for place in places]))
+
+
+def rest_of(saved: Saved) -> list[tuple[int, int]]:
+    """Return whole pages of the mapped file that hold no weights, such as an optimizer's state: nobody writes there."""
+    import torch
+
+    everything = [leaf for leaf in optree.tree_leaves(saved.held) if isinstance(leaf, torch.Tensor)]
+    weights = {tensor.untyped_storage().data_ptr() for tensor in saved.tensors.values()}
+    spans = {}
+    for storage in (leaf.untyped_storage() for leaf in everything if leaf.layout == torch.strided):
+        begin, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+        if begin not in weights and any(first <= begin and end <= last for first, last in saved.mapped):
+            spans[begin] = end
+    pages = [(-(-begin // PAGE) * PAGE, end // PAGE * PAGE) for begin, end in spans.items()]
+    return [(begin, end) for begin, end in pages if begin < end]
 
 
 def _reason(error: Exception) -> str:

@@ -14,10 +14,14 @@ from typing import IO, Any
 
 import numpy as np
 
+from funcavg._memory import let_go_of_pages
 from funcavg.cli.environment import CliError, has
 from funcavg.cli.files import READERS, SAFETENSORS, TORCH, Array, BadFileError, Bytes, File
 
 __all__ = ["Sink", "check_output", "replacing", "sink_for"]
+
+
+AT_ONCE = 32 << 20  # bytes that are written before pages are let go
 
 
 def check_output(name: str) -> Path:
@@ -39,9 +43,11 @@ def check_output(name: str) -> Path:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Open a file beside ``path`` that takes its place when all is written, and is gone if anything fails."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name[:99]}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
+            if path.exists():
+                partial.chmod(path.stat().st_mode & 0o777)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -90,6 +96,10 @@ class _Safetensors(Sink):
     def __init__(self, file: IO[bytes], arrays: Mapping[str, Array], files: Sequence[File]) -> None:
         codes = {dtype: code for code, dtype in SAFETENSORS.items()}
         refuse(arrays, ".safetensors", codes, ".pt or .npz")
+        if "__metadata__" in arrays:
+            raise CliError(
+                "leaf '__metadata__' has a name that a .safetensors file keeps for itself: choose .pt or .npz"
+            )
         metadata = next((each.metadata for each in files if each.metadata is not None), None)
         if metadata is None and any(each.parts[-1].suffix in TORCH for each in files):
             metadata = {"format": "pt"}  # as torch's own writer says, and transformers asks
@@ -136,6 +146,25 @@ class _Npz(Sink):
             self._archive.close()
 
 
+class _LettingGo:
+    """A file whose writer reads a mapped one meanwhile: of that, pages are let go."""
+
+    def __init__(self, file: IO[bytes], pages: Sequence[tuple[int, int]]) -> None:
+        self._file, self._pages, self._written = file, pages, 0
+
+    def write(self, data: Any) -> int:
+        count = self._file.write(data)
+        self._written += count
+        if self._written >= AT_ONCE:
+            self._written = 0
+            for begin, end in self._pages:
+                let_go_of_pages(begin, end - begin)
+        return count
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
 class _Torch(Sink):
     """The first file of torch's once more, mapped so that what is written to its tensors stays in memory."""
 
@@ -144,10 +173,12 @@ class _Torch(Sink):
 
         from funcavg.cli import tensors
 
+        self._file: Any = file
         model = next((each for each in files if each.parts[0].suffix in TORCH), None)
         if model is not None:
             saved = tensors.load(model.parts[0])
             self._held, made, self.flat = saved.held, saved.tensors, False
+            self._file = _LettingGo(file, tensors.rest_of(saved))
         else:
             kinds = {
                 str(kind).removeprefix("torch."): kind for kind in vars(torch).values() if type(kind) is torch.dtype
@@ -156,7 +187,7 @@ class _Torch(Sink):
             made = {name: torch.empty(array.shape, dtype=kinds[array.dtype]) for name, array in arrays.items()}
             self._held = made
         self._memory = {name: tensors.memory_of(tensor) for name, tensor in made.items()}
-        self._file, self._tensors = file, tensors
+        self._tensors = tensors
         self._who, self.again = model.name if model else "", tensors.overlapping(self._memory)
 
     def add(self, name: str, parts: Iterable[Bytes]) -> None:

@@ -211,6 +211,80 @@ def test_a_file_of_weight_0_is_never_read_into_the_mean(folder):
     assert np.load("o.npz")["w"].tolist() == [1.0]
 
 
+def index(name, weight_map):
+    import json
+
+    Path(name).write_text(json.dumps({"weight_map": weight_map}))
+    return name
+
+
+def test_a_leaf_is_taken_from_the_shard_that_the_index_names(folder, capsys):
+    save(folder / "p1.safetensors", {"a": torch.zeros(2)})
+    save(folder / "p2.safetensors", {"a": torch.full((2,), 100.0), "b": torch.ones(1), "stale": torch.ones(1)})
+    found = index("m.index.json", {"a": "p1.safetensors", "b": "p2.safetensors"})
+    assert main(["mean", found, found, "--output", "o.safetensors"]) == 0
+    assert_same(load(folder / "o.safetensors"), {"a": torch.zeros(2), "b": torch.ones(1)})
+    index("gone.json", {"a": "p1.safetensors", "gone": "p2.safetensors"})
+    index("odd.json", {"a": "p1.foo"})
+    Path("p1.foo").write_text("")
+    Path("config.json").write_text("{}")
+    for name, says in {
+        "gone.json": "leaf 'gone' is not in p2.safetensors, where it should be",
+        "odd.json": "it names p1.foo, which is no file of arrays",
+        "config.json": "it is no index of shards, which has a weight_map",
+    }.items():
+        capsys.readouterr()
+        assert main(["mean", name, found, "--output", "o.safetensors"]) == 1
+        assert capsys.readouterr().err == f"funcavg mean: {name}: cannot be read as .json: {says}\n"
+
+
+def test_ties_of_one_file_only_are_refused_in_a_pt(folder, capsys):
+    shared = torch.zeros(3)
+    torch.save({"a": shared, "b": shared}, "tied.pt")
+    torch.save({"a": torch.ones(3), "b": torch.full((3,), 5.0)}, "apart.pt")
+    assert main(["mean", "tied.pt", "apart.pt", "--output", "o.pt"]) == 1
+    assert "shares memory in tied.pt with another leaf" in capsys.readouterr().err
+    assert not Path("o.pt").exists()
+    assert main(["mean", "tied.pt", "apart.pt", "--output", "o.safetensors"]) == 0
+    assert safetensors.load_file("o.safetensors")["b"].tolist() == [2.5] * 3
+
+
+def test_what_is_no_array_is_told(folder, capsys):
+    for i in range(2):
+        torch.save({"w": torch.ones(2) * i, "epoch": i, "name": "run"}, f"{i}.pt")
+    assert main(["mean", "0.pt", "1.pt", "--output", "o.pt"]) == 0
+    assert capsys.readouterr().err == (
+        "funcavg mean: not averaged, and not the same in all files; o.pt has the first one's: epoch\n"
+    )
+    assert main(["mean", "0.pt", "1.pt", "--output", "o.safetensors"]) == 0
+    assert "no arrays, and left out of o.safetensors, which holds nothing else: epoch, name" in capsys.readouterr().err
+    with safetensors.safe_open("o.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_files_that_can_be_meant_in_two_ways(folder, capsys):
+    torch.save({"state_dict": {"w": torch.ones(1)}, "model": {"w": torch.ones(1)}}, "both.pt")
+    torch.save({"a": {"b": torch.ones(1)}, "a.b": torch.ones(1)}, "names.pt")
+    np.savez("meta.npz", __metadata__=np.ones(2))
+    for name, says in {
+        "both.pt": "it has arrays under 'state_dict' and 'model'",
+        "names.pt": "two of its leaves are called 'a.b'",
+    }.items():
+        assert main(["mean", name, name, "--output", "o.pt"]) == 1
+        assert says in capsys.readouterr().err
+    assert main(["mean", "meta.npz", "meta.npz", "--output", "o.safetensors"]) == 2
+    assert "leaf '__metadata__' has a name that a .safetensors file keeps for itself" in capsys.readouterr().err
+
+
+def test_an_output_keeps_its_mode_and_may_have_a_long_name(folder):
+    save(folder / "a.npz", {"w": torch.ones(2)})
+    name = "o" * 240 + ".npz"
+    assert main(["mean", "a.npz", "a.npz", "--output", name]) == 0
+    (folder / name).chmod(0o600)
+    assert main(["mean", "a.npz", "a.npz", "--output", name]) == 0
+    assert (folder / name).stat().st_mode & 0o777 == 0o600
+
+
 # Mistakes, and failures in the middle
 
 
@@ -306,7 +380,8 @@ COMMAND = [sys.executable, "-m", "funcavg", "mean"]
 ENVIRON = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def test_a_job_that_is_ended_leaves_nothing(folder):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_job_that_is_ended_leaves_nothing(folder, number):
     state = {f"w{i}": torch.zeros(2_000_000) for i in range(40)}
     save(folder / "0.safetensors", state)
     job = subprocess.Popen([*COMMAND, *["0.safetensors"] * 8, "--output", "o.safetensors"], env=ENVIRON)
@@ -314,8 +389,8 @@ def test_a_job_that_is_ended_leaves_nothing(folder):
     while not (found := list(folder.glob(".*"))) and time.monotonic() < deadline:
         time.sleep(0.005)
     assert found, "it never began to write"
-    job.send_signal(signal.SIGTERM)
-    assert job.wait(60) == 143
+    job.send_signal(number)
+    assert job.wait(60) == 128 + number
     assert [path.name for path in folder.iterdir()] == ["0.safetensors"]
 
 
@@ -351,6 +426,20 @@ def test_the_peak_is_one_model_however_many_files(folder, suffix):
     least = peak(framework)
     found = peak(framework, *(files * 10), "--output", f"o{suffix}")
     assert found < least + nbytes + 200_000_000, (found, least)
+
+
+def test_an_optimizers_state_is_not_kept_in_memory(folder):
+    """60 MB of weights, and 240 of moments, which the output has from the first file."""
+    weights = {f"w{i}": torch.full((3_000_000,), 1.0) for i in range(5)}
+    moments = {i: {"a": torch.full((6_000_000,), 2.0), "b": torch.full((6_000_000,), 3.0)} for i in range(5)}
+    torch.save({"state_dict": weights, "optimizer_states": [moments]}, "a.ckpt")
+    least = peak("torch")
+    found = peak("torch", *["a.ckpt"] * 4, "--output", "o.ckpt")
+    assert found < least + 60_000_000 + 130_000_000, (found, least)
+    held = torch.load("o.ckpt", weights_only=True, mmap=True)
+    assert all(leaf.unique().tolist() == [1.0] for leaf in held["state_dict"].values())
+    for state in held["optimizer_states"][0].values():
+        assert (state["a"].unique().tolist(), state["b"].unique().tolist()) == ([2.0], [3.0])
 
 
 def test_progress_is_by_bytes(folder, monkeypatch):

@@ -132,7 +132,7 @@ def private_copy(leaf: Any) -> Any:
 def same_values(one: Any, other: Any) -> bool:
     """Say whether two leaves that pass through hold the same values (NaN is equal to NaN)."""
     try:
-        if getattr(one, "dtype", None) != getattr(other, "dtype", None):
+        if _dtype_name(one) != _dtype_name(other):
             return False
         one, other = _readable(one), _readable(other)
         if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
@@ -141,6 +141,12 @@ def same_values(one: Any, other: Any) -> bool:
         return bool(one == other)
     except Exception:  # what cannot be compared is not known to be the same
         return one is other
+
+
+def _dtype_name(leaf: Any) -> str:
+    """Return what frameworks agree in, whatever the order of bytes."""
+    dtype = getattr(leaf, "dtype", "")
+    return dtype.name if isinstance(dtype, np.dtype) else str(dtype).removeprefix("torch.")
 
 
 def _readable(leaf: Any) -> Any:
