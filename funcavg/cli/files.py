@@ -130,7 +130,7 @@ def open_file(name: str) -> File:
 def _in_folder(folder: Path) -> Path:
     """Return the file that stands for a model in a folder, as hubs lay them: an index of shards, or the only one."""
     for pattern in ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.bin", "*.pt", "*.pth"):
-        found = sorted(folder.glob(pattern))
+        found = [path for path in sorted(folder.glob(pattern)) if path.name != "training_args.bin"]  # a Trainer's
         if len(found) == 1:
             return found[0]
         if found:

@@ -27,7 +27,8 @@ __all__ = ["ABOUT", "HOW", "add_arguments", "run"]
 ABOUT = "Average checkpoints: of several files of one model, write the file of their mean."
 HOW = """\
 Files may be of different formats, among them a folder or an index of shards. Of a checkpoint with a dict of arrays
-under "state_dict" or "model", such as Lightning's, that dict is averaged. All files must hold the same leaves.
+under "state_dict", "model" or "model_state_dict", such as Lightning's, that dict is averaged. All files must hold the
+same leaves.
 
 Floating and complex leaves are averaged, to the same bits as by funcavg.average over as many ranks. Integers, bools,
 and what --where leaves out are as in the first file; a warning names those that are not the same in all.

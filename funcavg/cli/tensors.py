@@ -17,7 +17,11 @@ from funcavg._trees import family_of
 __all__ = ["Saved", "between", "load", "memory_of", "overlapping", "read", "rest_of", "write"]
 
 Memory = npt.NDArray[Any]
-WEIGHTS = ("state_dict", "model")  # where checkpoints of trainers hold the model's arrays, beside other things
+WEIGHTS = (
+    "state_dict",
+    "model",
+    "model_state_dict",
+)  # where checkpoints of trainers hold the model's arrays, beside other things
 
 
 class Saved(NamedTuple):

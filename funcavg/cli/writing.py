@@ -87,6 +87,7 @@ def refuse(arrays: Mapping[str, Array], suffix: str, held: Mapping[str, Any] | s
     """Raise CliError if a format has no such dtype."""
     for name, array in arrays.items():
         if array.dtype not in held:
+            instead = ".pt" if array.dtype == "complex32" else instead  # which only torch has
             raise CliError(f"leaf {name!r} is {array}, which a {suffix} file cannot hold: choose {instead}")
 
 

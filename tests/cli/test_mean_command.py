@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 
@@ -151,7 +152,7 @@ def test_the_readers_of_bench_are_these(folder):
         assert spec.left_out == 2
 
 
-@pytest.mark.parametrize("key", ["state_dict", "model"])
+@pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict"])
 def test_checkpoints_of_trainers(folder, key):
     for i in range(2):
         optimizer = {"state": {0: {"momentum": torch.full((2,), float(i))}}, "param_groups": [{"lr": 0.1}]}
@@ -274,6 +275,22 @@ def test_files_that_can_be_meant_in_two_ways(folder, capsys):
         assert says in capsys.readouterr().err
     assert main(["mean", "meta.npz", "meta.npz", "--output", "o.safetensors"]) == 2
     assert "leaf '__metadata__' has a name that a .safetensors file keeps for itself" in capsys.readouterr().err
+
+
+def test_a_trainers_arguments_are_no_model(folder):
+    (folder / "m").mkdir()
+    torch.save({"w": torch.ones(2)}, "m/pytorch_model.bin")
+    torch.save({"lr": 0.1}, "m/training_args.bin")
+    assert main(["mean", "m", "m", "--output", "o.bin"]) == 0
+
+
+@pytest.mark.parametrize("out", ["o.npz", "o.safetensors"])
+def test_a_dtype_that_only_torch_has(folder, capsys, out):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # once in a process torch says that its support is experimental
+        torch.save({"w": torch.ones(2).to(torch.complex32)}, "a.pt")
+    assert main(["mean", "a.pt", "a.pt", "--output", out]) == 2
+    assert capsys.readouterr().err.endswith("file cannot hold: choose .pt\n")
 
 
 def test_an_output_keeps_its_mode_and_may_have_a_long_name(folder):
