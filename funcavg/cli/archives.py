@@ -22,7 +22,14 @@ def members(path: Path) -> dict[str, Member]:
     if not zipfile.is_zipfile(path):
         raise ValueError("it is no zip archive")
     archive = zipfile.ZipFile(path)
-    return {name.removesuffix(".npy"): Member(archive, name) for name in archive.namelist()}
+    found = {}
+    for name in archive.namelist():
+        leaf = name.removesuffix(".npy")
+        try:
+            found[leaf] = Member(archive, name)
+        except Exception as error:  # it may be damaged in many ways
+            raise ValueError(f"leaf {leaf!r} cannot be read: {error}") from error
+    return found
 
 
 class Member:
@@ -34,7 +41,7 @@ class Member:
         with self._open() as stream:
             self.shape, fortran, self.dtype = _npy_header(stream)
         if self.dtype.hasobject:
-            raise ValueError(f"Object arrays cannot be loaded, and {name.removesuffix('.npy')!r} is one")
+            raise ValueError("Object arrays cannot be loaded")
         self.in_order = self.dtype.isnative and not (fortran and len(self.shape) > 1)
         self.kind = self.dtype.name if self.dtype.kind in "biufc" else self.dtype.newbyteorder("=").str
         self.nbytes = self.dtype.itemsize * math.prod(self.shape)
@@ -45,8 +52,7 @@ class Member:
         assert self._stream is not None
         found = np.frombuffer(bytearray(self._stream.read(end - begin)), np.uint8)
         if end == self.nbytes:
-            self._stream.read(1)  # where it ends, the archive's checksum is compared
-            self._stream.close()
+            self._stream.close()  # the archive's checksum has been compared where it ends
         if len(found) != end - begin:
             raise EOFError(f"it ends {end - begin - len(found)} bytes too early")
         return found

@@ -103,7 +103,6 @@ class File:
     tied: dict[str, str] = field(default_factory=dict)  # arrays that are the memory of an earlier one, by its name
     metadata: dict[str, str] | None = None
     whole: bool = False  # it lies in memory as a whole
-    let_go: Callable[[], None] = lambda: None  # of pages that reading has mapped
 
 
 def open_file(name: str) -> File:
@@ -164,12 +163,6 @@ def _index(path: Path) -> File:
         whole.tied |= {name: one for name, one in shard.tied.items() if {name, one} <= whole.arrays.keys()}
         whole.metadata = whole.metadata or shard.metadata
         whole.whole = whole.whole or shard.whole
-
-    def let_go() -> None:
-        for shard in shards:
-            shard.let_go()
-
-    whole.let_go = let_go
     return whole
 
 
@@ -217,7 +210,7 @@ def _torch(path: Path) -> File:
         read = functools.partial(tensors.read, memory, saved)
         arrays[name] = Array(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tensor.nbytes, read)
     whole = not zipfile.is_zipfile(path)
-    return File(path.name, [path], arrays, saved.others, saved.tied, whole=whole, let_go=saved.let_go)
+    return File(path.name, [path], arrays, saved.others, saved.tied, whole=whole)
 
 
 READERS: dict[str, tuple[str, Callable[[Path], File]]] = {

@@ -18,7 +18,7 @@ import numpy as np
 
 from funcavg._engine import mean_into
 from funcavg.cli.environment import CliError, has
-from funcavg.cli.files import DAMAGE, ELEMENTS, READERS, TORCH, Array, BadFileError, Bytes, File, open_file
+from funcavg.cli.files import DAMAGE, ELEMENTS, READERS, Array, BadFileError, Bytes, File, open_file
 from funcavg.cli.report import progress
 from funcavg.cli.writing import SINKS, check_output, replacing, sink_for
 
@@ -43,7 +43,7 @@ Damage inside of an array is noticed in a .npz only: other formats have no check
 
 Exit code 1: a file is damaged, does not fit to the first, or cannot be written; 2: a mistake in the command.
 """
-TOGETHER = 64 << 20  # bytes of all files that are at hand at once
+TOGETHER = 32 << 20  # bytes of all files that are at hand at once
 LONGEST = 4 << 20  # bytes of one file that are averaged at a time
 SHORTEST = 4096  # such a part holds whole elements of any dtype
 KEPT = re.compile(r"bool|u?int\d+|[<|=][USMm]\d.*")
@@ -177,33 +177,25 @@ class Means:
     ) -> None:
         self._files, self._weights, self._elements, self._advance = files, weights, elements, advance
         self._step = max(SHORTEST, min(LONGEST, TOGETHER // (len(files) + 1)) // SHORTEST * SHORTEST)
-        self._mapped = 0
         self.differing: dict[str, None] = {}  # leaves that were kept, and are not the same in all files
 
     def of(self, name: str) -> Iterator[Bytes]:
         """Yield a leaf's mean; of one that is kept, what it is in the first file."""
-        element, nbytes = self._elements[name], self._files[0].arrays[name].nbytes
+        nbytes = self._files[0].arrays[name].nbytes
         for begin in range(0, nbytes, self._step):
-            end = min(begin + self._step, nbytes)
-            parts = [_read(file, name, begin, end) for file in self._files]
-            if element is not None:
-                mean = np.empty(end - begin, np.uint8)
-                mean_into(mean, parts, self._weights, element)
-                yield mean
-            else:
-                if not all(np.array_equal(part, parts[0]) for part in parts[1:]):
-                    self.differing[name] = None
-                yield parts[0]
-            self._advance((end - begin) * len(parts))
-            self._let_go((end - begin) * len(parts))
+            yield self._between(name, begin, min(begin + self._step, nbytes))
 
-    def _let_go(self, nbytes: int) -> None:
-        """Let pages of mapped files go, now and then: asking takes its time, too."""
-        self._mapped += nbytes
-        if self._mapped >= TOGETHER // 2:
-            for file in self._files:
-                file.let_go()
-            self._mapped = 0
+    def _between(self, name: str, begin: int, end: int) -> Bytes:
+        parts = [_read(file, name, begin, end) for file in self._files]
+        self._advance((end - begin) * len(parts))
+        element = self._elements[name]
+        if element is None:
+            if not all(np.array_equal(part, parts[0]) for part in parts[1:]):
+                self.differing[name] = None
+            return parts[0]
+        mean = np.empty(end - begin, np.uint8)
+        mean_into(mean, parts, self._weights, element)
+        return mean
 
 
 def _read(file: File, name: str, begin: int, end: int) -> Bytes:
@@ -215,7 +207,7 @@ def _read(file: File, name: str, begin: int, end: int) -> Bytes:
 
 def _tell(out: Path, files: Sequence[File], differing: dict[str, None], *, flat: bool) -> None:
     """Say what users may not expect of the file that has been written."""
-    first = next((file for file in files if file.parts[0].suffix in TORCH), files[0])
+    first = next((file for file in files if file.others), files[0])
     others = list(first.others)
     for name in others:
         if any(name in file.others and file.others[name] != first.others[name] for file in files):

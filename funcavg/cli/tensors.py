@@ -17,11 +17,8 @@ from funcavg._trees import family_of
 __all__ = ["Saved", "between", "load", "memory_of", "overlapping", "read", "rest_of", "write"]
 
 Memory = npt.NDArray[Any]
-WEIGHTS = (
-    "state_dict",
-    "model",
-    "model_state_dict",
-)  # where checkpoints of trainers hold the model's arrays, beside other things
+AT_ONCE = 2 << 20  # bytes of a file that a look at any of them may bring into memory
+WEIGHTS = ("state_dict", "model", "model_state_dict")  # where trainers' checkpoints hold the model's arrays
 
 
 class Saved(NamedTuple):
@@ -33,10 +30,12 @@ class Saved(NamedTuple):
     tied: dict[str, str]  # tensors that are other tensors' memory, by the first one's name
     mapped: list[tuple[int, int]]  # where the file lies in memory; nowhere if it has been read as a whole
 
-    def let_go(self) -> None:
-        """Let the file's pages go; whoever looks at them reads them again. Nothing may have been written to them."""
-        for begin, end in self.mapped:
-            let_go_of_pages(begin, end - begin)
+    def let_go(self, begin: int, end: int) -> None:
+        """Let the file's pages around a place in memory go. Nothing may have been written to them."""
+        for first, last in self.mapped:
+            near, far = max(first, begin // AT_ONCE * AT_ONCE), min(last, -(-end // AT_ONCE) * AT_ONCE)
+            if near < far:
+                let_go_of_pages(near, far - near)
 
 
 def load(path: Path) -> Saved:
@@ -139,10 +138,13 @@ def between(memory: Memory, begin: int, end: int) -> npt.NDArray[np.uint8]:
 
 
 def read(memory: Memory, saved: Saved, begin: int, end: int) -> npt.NDArray[np.uint8]:
-    """Do the same with a tensor of a mapped file."""
+    """Return the same bytes of a tensor of a mapped file, which are in memory but once."""
     found = between(memory, begin, end)
-    if not memory.flags.c_contiguous:
-        saved.let_go()  # elements that lie apart take many more pages than bytes
+    if saved.mapped:
+        apart = not memory.flags.c_contiguous  # and `found` is a copy already
+        touched = _span(memory if apart else found)
+        found = found if apart else found.copy()
+        saved.let_go(*touched)
     return found
 
 
