@@ -72,7 +72,10 @@ def folder(tmp_path, monkeypatch):
         ("bench --tree bad.npz", "bad.npz: cannot be read as .npz: it is no zip archive"),
         ("bench --tree bad.pt", "bad.pt: cannot be read as .pt: torch.load(weights_only=True) takes tensors in"),
         ("bench --tree module.pt", "module.pt: cannot be read as .pt: torch.load(weights_only=True) takes tensors in"),
-        ("bench --tree objects.npz", "objects.npz: cannot be read as .npz: Object arrays cannot be loaded"),
+        (
+            "bench --tree objects.npz",
+            "objects.npz: cannot be read as .npz: leaf 'a' cannot be read: Object arrays cannot be loaded",
+        ),
         ("bench --tree integers.npz", "integers.npz: nothing in it is averaged; its 2 leaves are of int64, uint8"),
         ("bench --plot curve.doc", "--plot curve.doc: the name must end with one of ."),
         ("bench --plot nowhere/curve.png", "--plot nowhere/curve.png: there is no such folder"),
