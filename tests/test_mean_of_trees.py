@@ -356,9 +356,8 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("change", CHANGES)
-def test_the_first_is_kept_and_a_warning_says_so(change, form):
-    first, other, text = CHANGES[change]
+@pytest.mark.parametrize(("first", "other", "text"), CHANGES.values(), ids=CHANGES)
+def test_the_first_is_kept_and_a_warning_says_so(first, other, text, form):
     made = [{"w": 1.0, "n": first}, {"w": 2.0, "n": first}, {"w": 6.0, "n": other}, {"w": 7.0, "n": other}]
     where = (lambda path: path != ("n",)) if text == "where refuses it" else None
     with pytest.warns(UserWarning, match="not averaged") as heard:
