@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from typing import Any, TypeVar
 
@@ -84,8 +85,9 @@ def broadcast(  # noqa: PLR0913  # public: its options are keywords
         MPICH](https://doi.org/10.1177/1094342005051521), 2005, after van de Geijn.
     """
     number: Any = root
-    if not isinstance(root, bool) and hasattr(root, "__index__"):
-        number = operator.index(root)
+    if not isinstance(root, bool):
+        with contextlib.suppress(Exception):  # what is wrong with it, all ranks are to hear
+            number = operator.index(root)
     options = Options(None, where, donate, timeout, "broadcast", number).checked("broadcast")
     call: Any = Call("broadcast", params_tree, group, options)
     result: T

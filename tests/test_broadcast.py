@@ -277,6 +277,7 @@ def test_alone_and_outside():
         (True, TypeError, "root must be a rank of the group, got True of type bool"),
         (1.0, TypeError, "got 1.0 of type float"),
         (None, TypeError, "got None of type NoneType"),
+        (np.array([0, 1]), TypeError, "got array([0, 1]) of type ndarray"),
     ],
 )
 def test_roots_that_are_none(root, kind, words):
@@ -416,6 +417,15 @@ def test_over_an_axis(compiled):
         assert result[name].tolist() == [wanted] * 4, name
     assert (jax.random.key_data(result["key"]) == jax.random.key_data(jax.random.key(2))).all()
     assert result["n"] == 3
+
+
+def test_over_an_axis_arrays_of_numpys_stay_as_they_are():
+    wide = np.array([2**40 + 1, 5])
+    result = jax.vmap(lambda r: broadcast({"x": wide, "r": r}, "d", root=1)["r"], axis_name="d")(jnp.arange(2))
+    assert result.tolist() == [1, 1]
+    kept = []
+    jax.vmap(lambda r: kept.append(broadcast({"x": wide, "r": r}, "d")["x"]) or r, axis_name="d")(jnp.arange(2))
+    assert kept[0] is wide
 
 
 def test_over_an_axis_with_a_wrong_root():

@@ -28,6 +28,7 @@ from funcavg._engine.device_slots import DEVICE_AHEAD
 from funcavg._engine.lanes import Cargo, Lane
 from funcavg.collectives.base import Pending
 from funcavg.collectives.node import Node
+from funcavg.collectives.rows import Rows
 
 __all__ = ["CopyLane", "DeviceCopyLane", "NodeCopyLane", "StageSlots", "copies"]
 
@@ -49,7 +50,7 @@ class CopyLane(Lane):
 
     def start(self, bucket: Bucket, source: Any, target: Any, timeout: float) -> Pending | None:
         pending: Pending | None
-        if hasattr(self.collective, "scatter"):
+        if isinstance(self.collective, Rows):
             rows = source if self.rank == self.root else target
             pending = self.collective.scatter(rows, self.root, timeout)
         else:
@@ -60,12 +61,12 @@ class CopyLane(Lane):
         if self.rank == self.root:
             if not np.may_share_memory(source, target):
                 np.copyto(target, source)
-        elif not hasattr(self.collective, "scatter"):
+        elif not isinstance(self.collective, Rows):
             np.copyto(target[self.rank], bucket.theirs[self.root])
 
     def finish(self, bucket: Bucket, target: Any, timeout: float) -> Pending | None:
         pending: Pending | None
-        if hasattr(self.collective, "scatter"):
+        if isinstance(self.collective, Rows):
             pending = self.collective.share_scattered(target, self.root, timeout)
         else:
             pending = self.collective.share(target, timeout)

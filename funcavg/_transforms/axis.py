@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from funcavg._engine import Handle, reach_agreement
 from funcavg._transforms.call import Call
 from funcavg._trees import Request, make_request
@@ -109,9 +111,13 @@ def _from_bits(words: Any, leaf: Any) -> Any:
 
 
 def _with_arrays_replaced(request: Request, replace_all: Callable[[Sequence[Any]], Sequence[Any]]) -> Any:
-    """Return the tree with its arrays replaced. Numbers are the same on all ranks, which run one program."""
+    """Return the tree with its arrays replaced. Numbers are the same on all ranks, which run one program.
+
+    So are NumPy's arrays, which JAX would make narrower: where bits count, they stay what they are.
+    """
     leaves = list(request.leaves)
-    moving = [i for i, leaf in enumerate(leaves) if not isinstance(leaf, (int, float, complex))]
+    same = (int, float, complex, np.ndarray, np.generic) if request.options.exactly else (int, float, complex)
+    moving = [i for i, leaf in enumerate(leaves) if not isinstance(leaf, same)]
     for i, result in zip(moving, replace_all([_as_jax(leaves[i]) for i in moving]), strict=True):
         leaves[i] = result
     return request.rebuild(leaves)

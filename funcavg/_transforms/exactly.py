@@ -47,10 +47,17 @@ def _checked(call: Call) -> Request:
     root, size = call.options.root, getattr(call.collective, "size", 1)
     if call.who != "broadcast":
         return call.request()
+    kind = type(root).__name__
+    try:
+        shown = repr(root)[:60]
+    except Exception:  # it may not say what it is, or be too long a number
+        shown = "a value that cannot be shown"
     if isinstance(root, bool) or not isinstance(root, int):
-        kind = type(root).__name__
-        return failed_request(TypeError(f"root must be a rank of the group, got {root!r} of type {kind}"), call.options)
+        words = f"root must be a rank of the group, got {shown} of type {kind}"
+        return failed_request(TypeError(words), call.options)
     if not 0 <= root < size:
-        words = f"root must be a rank of the group, 0 to {size - 1}, got {root} (ranks are counted in the group itself)"
+        words = (
+            f"root must be a rank of the group, 0 to {size - 1}, got {shown} (ranks are counted in the group itself)"
+        )
         return failed_request(ValueError(words), call.options)
     return call.request()

@@ -158,8 +158,9 @@ class TorchCollective(Rows):
 
         def tag(counts: dict[tuple[int, bool], int], peer: int) -> int:
             """Return what only the transfer in the same place between the two ranks has."""
+            number = counts[peer, channel]
             counts[peer, channel] += 1
-            return (counts[peer, channel] & 0xFFFF) + (channel << 16)
+            return (number & 0xFFFF) + (channel << 16)
 
         with outside(), translate_errors(self._me(), "to start a transfer", timeout):
             works = [(p, group.recv([torch.from_numpy(row)], p, tag(self._received, p))) for p, row in receive]

@@ -172,6 +172,9 @@ class ExactArrays(NumpyArrays):
 
 
 class ExactScalars(Scalars, ExactArrays):
+    def signature(self, leaves: Sequence[Any]) -> Hashable:
+        return tuple([(type(leaf), getattr(leaf, "dtype", None)) for leaf in leaves])  # a time has a unit, too
+
     def describe(self, leaf: Any) -> Leaf:
         return _describe_bits(np.asarray(leaf).dtype, ())
 
