@@ -1,8 +1,8 @@
 """Average the parameters of a distributed training job, as a pure function.
 
 When: `should_average`. What: `average`, `start_average`; `broadcast` and `differences` of replicas; `mean` of several
-trees in one process. With whom:
-`Collective`, `stacked` and `funcavg.collectives`. How, over a training run: `periodic`, `hierarchical`, and `diloco`
+trees in one process; `furthest` and `forget` after a loss. With whom: `Collective`, `stacked` and
+`funcavg.collectives`. How, over a training run: `periodic`, `hierarchical`, and `diloco`
 with its optimizers in `funcavg.outer`; each makes an `Averager`. For classic loops: `PeriodicModelAverager` and its
 kin, which need torch. These two are imported when first asked for.
 """
@@ -17,6 +17,7 @@ from funcavg._broadcast import broadcast
 from funcavg._differences import differences
 from funcavg._engine import Handle
 from funcavg._errors import FuncavgError, PeerLostError, TreeMismatchError
+from funcavg._lost import forget, furthest
 from funcavg._mean import mean
 from funcavg._schedule import should_average
 from funcavg._transforms import stacked
@@ -47,6 +48,8 @@ __all__ = [
     "broadcast",
     "differences",
     "diloco",
+    "forget",
+    "furthest",
     "hierarchical",
     "mean",
     "outer",

@@ -24,6 +24,8 @@ NAMES = [
     "broadcast",
     "differences",
     "diloco",
+    "forget",
+    "furthest",
     "hierarchical",
     "mean",
     "outer",

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from funcavg._engine.agree import Agreement
 from funcavg._engine.buckets import host_memory
-from funcavg._engine.engine import carry_out, compare, move, reach_agreement
+from funcavg._engine.engine import carry_out, compare, gather, move, reach_agreement
 from funcavg._engine.flight import Flight, Handle
 from funcavg._engine.mean import mean_into, tensor_mean_into
-from funcavg._engine.session import session_of
+from funcavg._engine.session import same_configuration, session_of
 from funcavg._engine.several import InTurn, means_of
 
 __all__ = [
@@ -22,11 +22,13 @@ __all__ = [
     "InTurn",
     "carry_out",
     "compare",
+    "gather",
     "host_memory",
     "mean_into",
     "means_of",
     "move",
     "reach_agreement",
+    "same_configuration",
     "session_of",
     "tensor_mean_into",
 ]

@@ -15,10 +15,10 @@ from funcavg._engine.lanes import Cargo, DeviceLane, Lane
 from funcavg._engine.node_lane import NodeLane, NodeSlots
 from funcavg._engine.session import Session, session_of
 from funcavg._errors import PeerLostError
-from funcavg._trees import Layout, Request
+from funcavg._trees import Layout, Options, Request
 from funcavg.collectives.base import Collective
 
-__all__ = ["carry_out", "compare", "move", "reach_agreement"]
+__all__ = ["carry_out", "compare", "gather", "move", "reach_agreement"]
 
 
 def carry_out(request: Request, collective: Collective) -> list[Any]:
@@ -29,12 +29,25 @@ def carry_out(request: Request, collective: Collective) -> list[Any]:
 def reach_agreement(request: Request, collective: Collective) -> Agreement:
     """Let all ranks agree about their requests, or raise the same error on each of them."""
     session = session_of(collective)
-    purpose = request.options.purpose
+    purpose, seconds = request.options.purpose, request.options.seconds(collective)
     with _spending(session, collective, purpose):
-        outcome = agree(collective, request.claim, request.options.seconds(collective), session.gather, purpose)
+        outcome = session.confirm(seconds) or agree(collective, request.claim, seconds, session.gather, purpose)
     if isinstance(outcome, Exception):  # every rank raises it, so the group stays usable
         raise outcome
     return outcome
+
+
+def gather(payload: bytes, collective: Collective, options: Options, purpose: str) -> list[bytes]:
+    """Return a few bytes of every rank, equally many, in rank order, in a call of their own."""
+    session, seconds = session_of(collective), options.seconds(collective)
+    with _spending(session, collective, purpose):
+        refusal = session.confirm(seconds)
+        payloads = [] if refusal is not None else (session.gather or collective.gather)(payload, seconds)
+    if refusal is not None:
+        raise refusal
+    if [len(theirs) for theirs in payloads] != [len(payload)] * collective.size:
+        raise PeerLostError(f"{purpose}: other ranks have called something else.")
+    return payloads
 
 
 def move(request: Request, agreement: Agreement, collective: Collective, out: Sequence[Any] | None = None) -> list[Any]:

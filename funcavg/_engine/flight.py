@@ -86,7 +86,9 @@ class Flight:
         devices = set() if request.layout is None else {leaf.device for leaf in request.layout.leaves} - {""}
         self._given = Mark(devices)  # wait() may be called on other streams than those that write the leaves
         self._waits_for_caller = bool(devices) or getattr(collective, "in_callers_thread", False)
-        if not self._waits_for_caller:
+        if self._waits_for_caller:
+            self._session.pause()  # the call is over the group as it is in wait()
+        else:
             _IN_THE_AIR.add(self)
             threading.Thread(target=self._fly, name="funcavg start_average", daemon=True).start()
 
@@ -94,6 +96,8 @@ class Flight:
         try:
             with self._inside(), self._mode():  # that of the caller's thread
                 self._given.wait()
+                if self._waits_for_caller:
+                    self._session.resume("start_average")
                 results = carry_out(self._request, self._collective)
                 self._outcome = self._request.rebuild(results)
         except BaseException as error:  # raised by wait()

@@ -26,25 +26,41 @@ if TYPE_CHECKING:
     from funcavg._engine.node_lane import Crossing
     from funcavg.collectives.node import Node
 
-__all__ = ["Session", "session_of"]
+__all__ = ["Session", "same_configuration", "session_of"]
 
 PLANS = 8  # remembered per collective
 T = TypeVar("T")
 
 
 class Session:
-    """State of one collective."""
+    """State of one collective, in one configuration: where a transport is configured anew, all of it goes."""
 
-    def __init__(self, size: int) -> None:
-        self.bucket_bytes = bucket_bytes(size)
+    def __init__(self, collective: Collective) -> None:
+        self._collective = weakref.ref(collective)  # which keeps this
         self._lock = threading.Lock()
-        self._plans: OrderedDict[Hashable, Any] = OrderedDict()
-        self._slots: dict[str, Any] = {}
-        self._node: Node | None = None
-        self._looked_for_node = size == 1
-        self._size, self._pid = size, os.getpid()
+        self._pid = os.getpid()
         self._spent: str | None = None
         self._busy_with = ""
+        self._slots: dict[str, Any] = {}
+        self._node: Node | None = None
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Forget everything: what was remembered is of other ranks."""
+        collective = self._collective()
+        assert collective is not None
+        self.configuration = _configuration(collective)
+        self._size = collective.size
+        self.bucket_bytes = bucket_bytes(collective.size)
+        self._drop()
+        self._looked_for_node = collective.size == 1
+        self._spent = None
+
+    def _drop(self) -> None:
+        self._slots, self._plans = {}, OrderedDict[Hashable, Any]()
+        node, self._node = self._node, None
+        if node is not None:
+            node.close()
 
     @contextmanager
     def entered(self, what: str) -> Iterator[None]:
@@ -62,21 +78,74 @@ class Session:
                 f"{what}: this process was forked from the one that the group belongs to ({self._pid}), and has no "
                 f"part in it. Average where the group was made."
             )
-        if self._spent is not None:
-            raise PeerLostError(
-                f"{what}: this group is spent, since an earlier call on it {self._spent}. Make a new group and start "
-                f"from one rank's parameters or a checkpoint."
-            )
         if not self._lock.acquire(blocking=False):
+            if self._spent is not None:
+                raise self._spent_error(what)
             raise RuntimeError(
                 f"{what}: {self._busy_with} is still under way on this group. Only one call at a time can use a group: "
                 f"wait for its handle first, or use a second group."
             )
+        try:
+            self.resume(what)
+        except BaseException:
+            self._lock.release()
+            raise
         self._busy_with = what
 
     def leave(self) -> None:
         """End a call."""
+        self.pause()
         self._lock.release()
+
+    def resume(self, what: str) -> None:
+        """Take the collective as it is configured now."""
+        collective: Any = self._collective()
+        if hasattr(collective, "begin"):
+            collective.begin()
+        try:
+            if _configuration(collective) != self.configuration:
+                self._begin_anew()
+            if self._spent is not None and not getattr(collective, "tells_nothing", False):
+                raise self._spent_error(what)
+        except BaseException:
+            self.pause()
+            raise
+
+    def pause(self) -> None:
+        """Let the collective be configured anew."""
+        collective: Any = self._collective()
+        if hasattr(collective, "end"):
+            collective.end()
+
+    def confirm(self, timeout: float) -> TypeError | None:
+        """Make sure that all ranks have the same configuration, if this one cannot tell; see `BorrowedCollective`."""
+        collective: Any = self._collective()
+        if not hasattr(collective, "confirm"):
+            return None
+        refusal: TypeError | None = collective.confirm(timeout)
+        if _configuration(collective) != self.configuration:
+            self._begin_anew()
+        return refusal
+
+    def forget(self, group: Any) -> None:
+        """Begin anew, on all ranks alike."""
+        collective: Any = self._collective()
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(
+                f"forget: {self._busy_with} is still under way on this group. Wait for its handle first."
+            )
+        try:
+            if hasattr(collective, "renew"):
+                collective.renew(group)
+            self._begin_anew()
+        finally:
+            self._lock.release()
+
+    def _spent_error(self, what: str) -> PeerLostError:
+        return PeerLostError(
+            f"{what}: this group is spent, since an earlier call on it {self._spent}. Make a new group and start "
+            f"from one rank's parameters or a checkpoint."
+        )
 
     def spend(self, error: BaseException, *, late_writes: bool) -> None:
         """Declare the group unusable: ranks may no longer agree about where in a call they are.
@@ -87,10 +156,7 @@ class Session:
         self._spent = f"{'was interrupted by a signal' if _was_signal(error) else 'failed'} ({words})"
         if late_writes:
             _GRAVEYARD.append(self._slots)
-        self._slots, self._plans = {}, OrderedDict()
-        node, self._node = self._node, None
-        if node is not None:
-            node.close()
+        self._drop()
 
     def node(self, collective: Any, timeout: float) -> Node | None:
         """Return the ranks of this host that share memory; look for them at the first call, together with all ranks."""
@@ -141,6 +207,25 @@ class Session:
         return result
 
 
+def _configuration(collective: Any) -> tuple[Any, ...]:
+    """Return what changes when a group is configured anew: with other ranks, though their number be the same."""
+    return collective.rank, collective.size, getattr(collective, "configuration", None)
+
+
+def same_configuration(before: Any, session: Session) -> Any:
+    """Return a session's configuration; raise if it is not that of before: None, or that of a forward pass.
+
+    A derivative over other ranks than the values would be a wrong number.
+    """
+    if before is not None and before != session.configuration:
+        raise PeerLostError(
+            f"average: the forward pass went over rank {before[0]} of {before[1]} of this group, which has been "
+            f"configured anew since: now it is rank {session.configuration[0]} of {session.configuration[1]}. Take "
+            f"the forward pass again."
+        )
+    return session.configuration
+
+
 def _was_signal(error: BaseException) -> bool:
     """Say whether a signal handler has raised it, such as that of Ctrl-C."""
     if isinstance(error, KeyboardInterrupt):
@@ -173,5 +258,5 @@ def session_of(collective: Collective) -> Session:
             except TypeError:
                 cure = "Add '__weakref__' to its __slots__."
                 raise TypeError(f"average: group {collective!r} must allow weak references. {cure}") from None
-            _SESSIONS[key] = Session(collective.size)
+            _SESSIONS[key] = Session(collective)
         return _SESSIONS[key]

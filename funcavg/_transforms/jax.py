@@ -16,12 +16,12 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from funcavg._engine import Handle, carry_out, move, reach_agreement, session_of
+from funcavg._engine import Handle, carry_out, move, reach_agreement, same_configuration, session_of
 from funcavg._transforms.call import Call
 from funcavg._transforms.jax_private import prepare_jax
 from funcavg._trees import Flat, Options, Request, StandIn, failed_request, make_request
@@ -97,6 +97,7 @@ class _Place:
     positions: Sequence[int]  # of the leaves that come in
     weight_comes_in: bool
     collective: Collective
+    over: dict[str, Any] = field(default_factory=dict)  # the configuration that it last ran "forward" over
 
     def run(self, leaves: Sequence[Any], weight: Any, *, adjoint: bool, out: Sequence[Any] | None = None) -> list[Any]:
         """Average NumPy arrays now, into ``out`` if given; ``weight`` counts where the program computes it."""
@@ -108,17 +109,24 @@ class _Place:
             options = dataclasses.replace(options, weight=float(weight))
         flat = self.flat._replace(leaves=everything)
         request = make_request(flat, options, only=self.only, wrapped=True)
-        with session_of(self.collective).entered("average"):
+        session = session_of(self.collective)
+        with session.entered("average"):
+            before = self.over.get("forward") if adjoint else None
+            same_configuration(before, session)
             agreement = reach_agreement(request, self.collective)
+            now = same_configuration(before, session)  # which ranks may just have found to be new
+            if not adjoint:
+                self.over["forward"] = now
             weights = agreement.weights
             if adjoint:
                 agreement = agreement._replace(weights=None)
             means = move(request, agreement, self.collective, out)
+            rank, size = self.collective.rank, self.collective.size
         if adjoint and weights is not None:
             top = max(weights)
-            share = weights[self.collective.rank] / top / sum(other / top for other in weights)
+            share = weights[rank] / top / sum(other / top for other in weights)
             for mean in means:
-                mean[...] = mean * (self.collective.size * share) if share else 0
+                mean[...] = mean * (size * share) if share else 0
         return means
 
 

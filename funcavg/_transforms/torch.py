@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from funcavg._engine import Handle, move, reach_agreement, session_of
+from funcavg._engine import Handle, move, reach_agreement, same_configuration, session_of
 from funcavg._transforms.call import Call
 from funcavg._trees import Request, is_dtensor, make_request, wrap_local_tensor
 from funcavg.collectives import Collective
@@ -120,6 +120,7 @@ class _Step:
     described: list[tuple[Any, ...]] | None  # the kinds of tensors that the request's layout describes
     others: dict[int, Any] = field(default_factory=dict)  # results at the other positions, once run
     scale: float = 1.0  # N w / sum(w), once run
+    over: Any = None  # the group's configuration, once run
 
     def derived(self, *, weighted: bool) -> _Step:
         """Return the average of tangents or cotangents: of the tensors only."""
@@ -139,15 +140,19 @@ class _Step:
         else:  # batched by vmap, or of a derivative
             only = self.request.only
             request = make_request(flat, self.request.options, only=only, wrapped=True)
-        with session_of(self.collective).entered("average"):
+        session = session_of(self.collective)
+        with session.entered("average"):
+            same_configuration(self.over, session)
             agreement = reach_agreement(request, self.collective)
+            self.over = same_configuration(self.over, session)  # which ranks may just have found to be new
             results = move(request, agreement, self.collective)
+            rank, size = self.collective.rank, self.collective.size
         assert request.layout is not None
         by_position = dict(zip(request.layout.averaged, results, strict=True))
         if agreement.weights is not None:
             top = max(agreement.weights)
             total = sum(weight / top for weight in agreement.weights)
-            self.scale = self.collective.size * (agreement.weights[self.collective.rank] / top) / total
+            self.scale = size * (agreement.weights[rank] / top) / total
         averaged = [by_position.pop(i) for i in self.positions]
         self.others = by_position
         return tuple(a.to_local() if i in self.dtensors else a for i, a in zip(self.positions, averaged, strict=True))

@@ -19,6 +19,11 @@ def block_of(group: Any, size: int) -> Any:
     collective = as_collective(group)
     if collective is None:
         return group
+    if hasattr(collective, "confirm"):
+        raise TypeError(
+            f"hierarchical: group is a {type(group).__name__}, whose ranks may be others at any time: numbers of them "
+            f"make no lasting groups. Map periods to groups instead."
+        )
     if isinstance(size, bool) or size < 1 or collective.size % size:
         raise ValueError(
             f"hierarchical: a block must hold a number of ranks that divides the {collective.size} ranks of its group, "

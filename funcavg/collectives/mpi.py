@@ -5,11 +5,18 @@ first call, and kept in an attribute of his communicator, with which it goes: fr
 happen in a destructor, which runs on each rank when it likes.
 
 Every wait polls non-blocking calls up to a deadline and yields the processor in between. A request that nobody waits
-for any more can be neither cancelled nor freed safely: it and its buffers are kept for good, on purpose.
+for any more can be neither cancelled nor freed safely: it and its buffers are kept for good, on purpose. But where the
+library goes on without lost ranks (ULFM), giving up revokes the duplicate: so every request ends, and all ranks that
+wait in ours hear of it, also those that wait for another survivor::
+
+    rank 0   waits for 2 ── MPI: 2 is dead ── revokes ── PeerLostError
+    rank 1   waits for 0 ────────────────────── MPI: revoked ── PeerLostError
+    rank 2   dies
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import threading
@@ -26,10 +33,12 @@ from funcavg._errors import PeerLostError
 from funcavg.collectives.base import Pending
 from funcavg.collectives.gpu_aware import is_gpu_aware
 from funcavg.collectives.rows import Patience, Rows, Ways
+from funcavg.collectives.surviving import advice_for, is_fault_tolerant
 
 __all__ = ["MPICollective", "MPIDeviceVerbs", "collective_of"]
 
 _LEAKED: list[Any] = []
+ENDING = 1.0  # seconds that requests may take to end when their communicator has been revoked
 
 
 def collective_of(comm: MPI.Comm) -> MPICollective | None:
@@ -88,14 +97,13 @@ def _free_with_its_communicator(_comm: Any, _keyval: int, collective: MPICollect
 class MPICollective(Rows):
     """One rank of a communicator."""
 
-    advice = "Run MPI jobs as `python -m mpi4py script.py`: it ends all ranks when one fails."
-
     def __init__(self, comm: MPI.Comm) -> None:
         self.rank, self.size = comm.rank, comm.size
         self.bytes_sent = 0
         self._alone_in_mpi = _thread_level() < MPI.THREAD_MULTIPLE
         self._users: MPI.Comm | None = comm
         self._comm: Any = None
+        self._revoked: Any = None  # what `_comm` was before a loss
         self._under_way: dict[int, Any] = {}  # requests and their buffers, by number
         self._numbers = itertools.count()
         self._freed_by_finalize = comm in (MPI.COMM_WORLD, MPI.COMM_SELF)  # by handle: MPI may have sessions only
@@ -103,6 +111,16 @@ class MPICollective(Rows):
 
     def __repr__(self) -> str:
         return f"<rank {self.rank} of {self.size} of an MPI communicator>"
+
+    @property
+    def advice(self) -> str:  # type: ignore[override]
+        """What to do when a rank is lost."""
+        return advice_for(MPI.Get_library_version(), fault_tolerant=_fault_tolerant())
+
+    @property
+    def stops_on_error(self) -> bool:
+        """Whether `abort` ends all transfers: where it can revoke the duplicate."""
+        return _fault_tolerant()
 
     @property
     def in_callers_thread(self) -> bool:
@@ -136,14 +154,29 @@ class MPICollective(Rows):
         """Free the duplicate, together with all ranks; MPI_Finalize sees to those of the predefined communicators."""
         if self._under_way:  # it was a mistake to free it now, of which the call under way will tell
             self.abort()
-        comm, self._comm, self._users = self._comm, None, None
-        if comm is not None and not self._freed_by_finalize:
-            comm.Free()
+        ours = [comm for comm in (self._comm, self._revoked) if comm is not None]
+        self._comm, self._users, self._revoked = None, None, None
+        if not self._freed_by_finalize:
+            for comm in ours:
+                comm.Free()
 
     def abort(self) -> None:
-        """Leave the duplicate alone for good: requests that nobody waits for any more are pending on it."""
-        _LEAKED.append((self._comm, self._under_way))
+        """Give up the duplicate for good. Where MPI survives lost ranks, nobody waits in vain for this one."""
+        comm, under_way = self._comm, self._under_way
         self._comm, self._users, self._under_way = None, None, {}
+        if comm is not None and _fault_tolerant():
+            comm.Revoke()
+            # To be freed when his is: one that is gone would leave others' sends to it unanswered.
+            self._revoked = comm
+            if _all_end([request for requests, *_ in under_way.values() for request in requests]):
+                return
+        if comm is not None or under_way:
+            _LEAKED.append((comm, under_way))
+
+    def renew(self, comm: MPI.Comm) -> None:
+        """After an error, duplicate the communicator anew at the next call, which all ranks make."""
+        if self._comm is None:
+            self._users = comm
 
     @contextmanager
     def _translate_errors(self) -> Iterator[None]:
@@ -151,7 +184,17 @@ class MPICollective(Rows):
             yield
         except MPI.Exception as error:
             reason = error.Get_error_string().strip().rstrip(".")
-            raise PeerLostError(f"rank {self.rank} of {self.size}: MPI reports: {reason}.") from error
+            me = f"rank {self.rank} of {self.size}"
+            lost = self._lost() if _fault_tolerant() else ""
+            raise PeerLostError(f"{me}: MPI reports: {reason}{lost}.") from error
+
+    def _lost(self) -> str:
+        """Say whom MPI knows to be lost: MPI_Testall only says that something is wrong."""
+        comm = self._comm or self._users
+        ranks = [] if comm is None else comm.Get_failed().Translate_ranks(group=comm.Get_group())
+        if not ranks:
+            return " (another rank has given up)"
+        return f" (lost: rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} of the group)"
 
     def _keep(self, requests: list[Any], *buffers: Any) -> int:
         """Keep requests and what they read and write until `_finish`, or for good; return a number for them."""
@@ -169,7 +212,12 @@ class MPICollective(Rows):
                 requests = self._under_way[number][0]
                 if MPI.Request.Testall(requests):
                     break
-                if patience.pause() and patience.is_over():
+                if not patience.pause():
+                    continue
+                if _fault_tolerant():
+                    for request in requests:  # MPI_Testall says nothing of one that has failed until all have ended
+                        request.Test()
+                if patience.is_over():
                     late = [p for p, request in zip(peers, requests, strict=False) if not request.Get_status()]
                     what = what or f"rank(s) {', '.join(map(str, sorted(set(late or peers))))}"
                     raise PeerLostError(
@@ -180,7 +228,8 @@ class MPICollective(Rows):
     def progress(self) -> None:
         """Let MPI work on operations of the user's own that are under way: it does so in calls only."""
         if self._comm is not None:
-            self._comm.Iprobe()
+            with self._translate_errors():
+                self._comm.Iprobe()
 
     def transfer(self, send: Ways, receive: Ways, timeout: float, *, channel: bool = False) -> Pending:
         """Start sends and receives. MPI keeps messages between two ranks in order, those of each tag apart."""
@@ -201,6 +250,31 @@ class MPICollective(Rows):
     def device_verbs(self, device_type: str) -> MPIDeviceVerbs | None:
         """Return the way for leaves in an accelerator's memory, or None if they go through the host."""
         return MPIDeviceVerbs(self) if self._gpu_aware and device_type in ("cuda", "xpu") else None
+
+
+@functools.cache
+def _fault_tolerant() -> bool:
+    return is_fault_tolerant(MPI.Get_library_version(), str(MPI.__file__))
+
+
+def _all_end(requests: Sequence[Any]) -> bool:
+    """Wait for requests on a communicator that has been revoked, whatever becomes of them; say whether all have ended.
+
+    One at a time: MPI_Testall need not say which of several have failed.
+    """
+    patience = Patience(ENDING)
+    for request in requests:
+        while not _has_ended(request):
+            if patience.pause() and patience.is_over():
+                return False
+    return True
+
+
+def _has_ended(request: Any) -> bool:
+    try:
+        return bool(request.Test())
+    except MPI.Exception:
+        return bool(request == MPI.REQUEST_NULL)
 
 
 class MPIDeviceVerbs(Rows):

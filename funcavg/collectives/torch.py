@@ -8,41 +8,38 @@ So there is no native all-reduce here, and host leaves keep the tight accuracy b
 Accelerator memory goes over the group itself if it is NCCL's (`nccl.py`). What blocks inside a library is done in a
 thread of our own while the main thread waits for it, so that signal handlers run (`waiting.py`).
 
-A process group that torch does not know (torchft's, for one) has no store and cannot be duplicated. Then its own
-sends and receives are used, in the caller's thread.
+Of any class but torch's own, a group may be configured anew at any time, and has no store that all its ranks know:
+`borrowed.py`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import threading
-import time
 import weakref
-from collections import defaultdict
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-from funcavg._compile import outside
 from funcavg._errors import PeerLostError
 from funcavg.collectives.base import Pending
-from funcavg.collectives.connecting import connect, translate_errors
+from funcavg.collectives.borrowed import BorrowedCollective
+from funcavg.collectives.connecting import connect
 from funcavg.collectives.nccl import DeviceVerbs, device_route
-from funcavg.collectives.rows import Rows, Ways
+from funcavg.collectives.rows import Ways
+from funcavg.collectives.tagged import TaggedRows, close_connections
 from funcavg.collectives.waiting import LINGER, Waiter
 
-__all__ = ["DeviceVerbs", "TorchCollective", "collective_of", "device_route"]
+__all__ = ["BorrowedCollective", "DeviceVerbs", "TorchCollective", "collective_of", "device_route"]
 
 
-ALARM = 1 << 17  # a tag that no transfer has
+def collective_of(group: Any) -> TorchCollective | BorrowedCollective | None:
+    """Return the collective of a ProcessGroup or 1-D DeviceMesh, or None if this rank is not in it.
 
-
-def collective_of(group: Any) -> TorchCollective | None:
-    """Return the collective of a ProcessGroup or 1-D DeviceMesh, or None if this rank is not in it."""
+    Raises:
+        PeerLostError: If it is a group that is configured anew, and not connected now.
+    """
     mesh_type = getattr(dist.device_mesh, "DeviceMesh", None) if dist.is_available() else None
     if mesh_type is not None and isinstance(group, mesh_type):
         if group.ndim != 1:
@@ -63,18 +60,22 @@ def collective_of(group: Any) -> TorchCollective | None:
             f"average: this process group is not registered with torch.distributed (has it been destroyed?): "
             f"{group!r}. Make a new one with init_process_group or new_group."
         )
-    if collective is None:
-        if group.size() > 1 and type(group) is dist.ProcessGroup and dist.get_backend(group) == "fake":
+    if isinstance(collective, BorrowedCollective):
+        collective.look()
+    elif collective is None and type(group) is not dist.ProcessGroup:
+        collective = _COLLECTIVES[group] = BorrowedCollective(group)
+    elif collective is None:
+        if group.size() > 1 and dist.get_backend(group) == "fake":
             raise ValueError(
                 f"average: the backend of this group is torch's 'fake', which moves nothing: rank {group.rank()} has "
                 f"none of the {group.size() - 1} other ranks to average with. To try a program alone, pass "
                 f"group=funcavg.collectives.Solo(); for several ranks in one process, use funcavg.testing.run_ranks."
             )
-        collective = _COLLECTIVES[group] = TorchCollective(group)
+        collective = _COLLECTIVES[group] = TorchCollective(group, _known_groups()[group][1])
     return collective
 
 
-_COLLECTIVES: weakref.WeakKeyDictionary[Any, TorchCollective] = weakref.WeakKeyDictionary()
+_COLLECTIVES: weakref.WeakKeyDictionary[Any, TorchCollective | BorrowedCollective] = weakref.WeakKeyDictionary()
 
 
 def _known_groups() -> dict[Any, Any]:
@@ -96,23 +97,21 @@ def _timeout_of(group: Any) -> float | None:
     return next((float(timeout.total_seconds()) for timeout in timeouts if timeout != default), None)
 
 
-class TorchCollective(Rows):
+class TorchCollective(TaggedRows):
     """One rank of a torch process group. Made at the first call on a group, which all its ranks make."""
 
-    def __init__(self, group: Any) -> None:
+    stops_on_error = True  # `abort` closes the connections
+
+    def __init__(self, group: Any, store: Any) -> None:
+        super().__init__()
         self.rank, self.size = group.rank(), group.size()
-        self.bytes_sent = 0
         self.on_device = 0  # collectives under way there
-        _, store = _known_groups().get(group, (None, None))
-        self.in_callers_thread = store is None
         # A weak reference: the cache is keyed by the group, and must not keep it alive.
         self._group, self._store = weakref.ref(group), store
         self._gloo: Any = None
         self._given_up = threading.Event()
         self.connected_on_device = False
         self.waiter = Waiter()
-        # Of what has gone to and come from each peer, the group's transfers and channels' apart.
-        self._sent, self._received = (defaultdict[tuple[int, bool], int](int) for _ in range(2))
 
     def __repr__(self) -> str:
         return f"<rank {self.rank} of {self.size} of a torch process group>"
@@ -121,12 +120,7 @@ class TorchCollective(Rows):
     def default_timeout(self) -> float | None:
         """The group's own timeout in seconds, if its user has set one; None if it is torch's default, or unknown."""
         group = self._group()
-        return None if group is None or self.in_callers_thread else _timeout_of(group)
-
-    @property
-    def stops_on_error(self) -> bool:
-        """Whether nothing arrives any more once a verb has raised: `abort` closes the connections."""
-        return not self.in_callers_thread
+        return None if group is None else _timeout_of(group)
 
     def abort(self) -> None:
         """Close the connections, so that nothing more arrives here and nobody waits in vain. The group is spent.
@@ -135,16 +129,8 @@ class TorchCollective(Rows):
         the peers at another place.
         """
         self._given_up.set()
-        gloo = self._gloo
-        if gloo is not None:
-            # Gloo's abort() leaves a thread of this process that waits there waiting. A wait that times out ends all
-            # waits; one for a rank that is gone fails at once instead, and ends none, so every rank is waited for.
-            for peer in self._peers():
-                with contextlib.suppress(RuntimeError), outside():
-                    alarm = torch.from_numpy(np.empty(1, np.uint8))
-                    gloo.recv([alarm], peer, ALARM).wait(timedelta(milliseconds=1))
-            if hasattr(gloo, "abort"):  # older torch closes them when the last reference goes
-                gloo.abort()
+        if self._gloo is not None:
+            close_connections(self._gloo, self._peers())
         self._gloo = None  # not sooner: a signal may break this off, and then it is done again
         group, on_device, self.on_device = self._group(), self.on_device, 0
         if on_device and group is not None:
@@ -152,47 +138,31 @@ class TorchCollective(Rows):
             if hasattr(nccl, "abort"):  # older torch's watchdog ends the process, after the group's own timeout
                 nccl.abort()
 
+    def renew(self, _: Any) -> None:
+        """Connect anew at the next call, which all ranks make."""
+        self.abort()
+        self.renumber()
+        self._given_up = threading.Event()
+
     def transfer(self, send: Ways, receive: Ways, timeout: float, *, channel: bool = False) -> Pending:
         """Start sends and receives."""
-        group: Any = self._group() if self.in_callers_thread else self._connected(timeout)
-
-        def tag(counts: dict[tuple[int, bool], int], peer: int) -> int:
-            """Return what only the transfer in the same place between the two ranks has."""
-            number = counts[peer, channel]
-            counts[peer, channel] += 1
-            return (number & 0xFFFF) + (channel << 16)
-
-        with outside(), translate_errors(self._me(), "to start a transfer", timeout):
-            works = [(p, group.recv([torch.from_numpy(row)], p, tag(self._received, p))) for p, row in receive]
-            works += [(p, group.send([torch.from_numpy(row)], p, tag(self._sent, p))) for p, row in send]
-        self.bytes_sent += sum(row.nbytes for _, row in send)
-
-        def finish() -> None:
-            # Gloo forgets a transfer's buffer only with its work, so these live until the wait is over.
-            deadline = time.monotonic() + timeout
-            for peer, work in works:
-                with translate_errors(self._me(), f"for rank {peer}", timeout):
-                    work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
-
+        finish = self.start(self._connected(timeout), send, receive, timeout, channel=channel)
         # Not cut into short waits, between which handlers would run: the first that ends closes the connections.
-        return finish if self.in_callers_thread else partial(self.waiter.run, finish, self.abort)
+        return partial(self.waiter.run, finish, self.abort)
 
     def _connected(self, timeout: float) -> Any:
         """Return the Gloo group of our own; make it with the other ranks at the first call."""
         if self._given_up.is_set():
-            raise PeerLostError(f"{self._me()} has given up.")
+            raise PeerLostError(f"{self.me()} has given up.")
         if self._gloo is None:
             meet = partial(connect, self._store, self.rank, self.size, timeout, self._given_up)
             self._gloo = self.waiter.run(meet, self.abort, linger=LINGER)
         return self._gloo
 
-    def _me(self) -> str:
-        return f"rank {self.rank} of {self.size}"
-
     def device_verbs(self, device_type: str) -> DeviceVerbs | None:
         """Return the way for leaves in an accelerator's memory, or None if they go through the host."""
         group = self._group()
-        if group is None or self.in_callers_thread:
+        if group is None:
             return None
         backends = dict(part.split(":") for part in dist.get_backend_config(group).split(",") if ":" in part)
         route = device_route(backends.get(device_type), "float32", weighted=False)

@@ -20,6 +20,7 @@ from typing import Any, Generic, TypeVar, cast
 __all__ = ["LINGER", "Waiter"]
 
 LOOK = 0.5  # seconds: a signal may have come to another thread, which does not wake the main one
+WATCH = 0.05  # seconds between two looks at something else that may end the wait
 PARTING = 5.0  # seconds that the end of the process waits for such calls
 LINGER = 0.5  # seconds that a call may take to end which nobody needs to have ended
 T = TypeVar("T")
@@ -31,14 +32,21 @@ class Waiter:
     def __init__(self) -> None:
         self._errands: SimpleQueue[_Errand[Any] | None] | None = None
 
-    def run(self, call: Callable[[], T], interrupt: Callable[[], None], *, linger: float = math.inf) -> T:
-        """Return ``call()``, or raise what it raises, or what a signal handler raises in the meantime.
+    def run(
+        self,
+        call: Callable[[], T],
+        interrupt: Callable[[], None],
+        *,
+        linger: float = math.inf,
+        watch: Callable[[], None] | None = None,
+    ) -> T:
+        """Return ``call()``, or raise what it raises, or what a signal handler or ``watch`` raises meanwhile.
 
-        In the latter case ``interrupt`` must make the call end, and this raises when it has ended: then nothing touches
-        the caller's memory any more. A call that touches none may be left behind after ``linger`` seconds. Further
-        signals may break off ``interrupt``, which is then begun again.
+        In the latter cases ``interrupt`` must make the call end, and this raises when it has ended: then nothing
+        touches the caller's memory any more. A call that touches none may be left behind after ``linger`` seconds.
+        Further signals may break off ``interrupt``, which is then begun again. ``watch`` is called from time to time.
         """
-        if threading.current_thread() is not threading.main_thread():
+        if watch is None and threading.current_thread() is not threading.main_thread():
             return call()
         try:
             errands = self._served()
@@ -56,8 +64,9 @@ class Waiter:
 
         try:
             errands.put(errand)
-            while not errand.is_over_within(LOOK):
-                pass
+            while not errand.is_over_within(LOOK if watch is None else WATCH):
+                if watch is not None:
+                    watch()
         except BaseException:  # Two signals may be pending, of which the second is raised as soon as `end` is called.
             try:
                 end()

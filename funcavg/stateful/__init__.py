@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from funcavg._errors import missing_extra
 from funcavg._schedule import integer, should_average
-from funcavg._trees import Timeout
+from funcavg._trees import Options, Timeout
 from funcavg.collectives import as_collective, default_group
 
 try:
@@ -120,10 +120,14 @@ class PeriodicModelAverager(ModelAverager, torch_averagers.PeriodicModelAverager
             ``lambda param: getattr(param, "allreduce", True)``. It must refuse the same on all ranks.
         timeout: Seconds, or a ``timedelta``, to wait for the other ranks, as for `average`: ``None`` for the group's
             own timeout, where that is not torch's default, else 300 seconds.
+        donate: ``False`` averages into new memory, and writes to the parameters when all is there: so that they are
+            whole after a ``PeerLostError``, and the job can go on without whoever was lost
+            (`funcavg.furthest`). It costs a copy of the parameters for as long as a call lasts.
 
     Raises:
         TypeError: If ``period`` or ``warmup_steps`` is no integer (bool is none), ``where`` no function, ``timeout`` no
-            number of seconds, or ``process_group`` is None and torch.distributed is not initialised. On this rank.
+            number of seconds, ``donate`` no bool, or ``process_group`` is None and torch.distributed is not
+            initialised. On this rank.
         ValueError: If ``period < 1`` or ``warmup_steps < 0``. On this rank.
 
     Examples:
@@ -148,7 +152,7 @@ class PeriodicModelAverager(ModelAverager, torch_averagers.PeriodicModelAverager
         (post-local SGD). torch's ``torch.distributed.algorithms.model_averaging.averagers``.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # torch's, and options as keywords
         self,
         period: int,
         warmup_steps: int = 0,
@@ -156,9 +160,11 @@ class PeriodicModelAverager(ModelAverager, torch_averagers.PeriodicModelAverager
         *,
         where: Which | None = None,
         timeout: Timeout = None,
+        donate: bool = True,
     ) -> None:
         check_periodic(period, warmup_steps)
-        self.where, self.timeout = where, check_options("PeriodicModelAverager", where, timeout)
+        self.where, self.timeout = where, check_options("PeriodicModelAverager", where, timeout, donate)
+        self.donate = donate
         # torch would warn of a period of 1 at this line, and not at the user's
         super().__init__(2 if period == 1 else period, warmup_steps, process_group)
         if period == 1:
@@ -185,14 +191,15 @@ class PeriodicModelAverager(ModelAverager, torch_averagers.PeriodicModelAverager
                 every rank alike.
             PeerLostError: If a rank dies or does not come within ``timeout``. On the ranks that wait for it.
 
-            After an error that all ranks raise alike, parameters are unchanged. After any error the step has not
-            been counted.
+            After an error that all ranks raise alike, or with ``donate=False`` any, parameters are unchanged. After
+            any error the step has not been counted.
 
         Communication:
             None on steps that do not average; otherwise that of `average`.
         """
         if should_average(self.step, warmup=self.warmup_steps, period=self.period):
-            average_parameters(params, self.process_group, self.where, self.timeout)
+            options = Options(donate=self.donate, timeout=self.timeout)
+            average_parameters(params, self.process_group, self.where, options)
         self.step += 1
 
 
@@ -210,6 +217,7 @@ class HierarchicalModelAverager(ModelAverager, torch_hierarchical.HierarchicalMo
         process_group: A torch ``ProcessGroup``; ``None`` for the default group.
         where: Which parameters are averaged, as for `PeriodicModelAverager`.
         timeout: How long to wait for the other ranks, as for `PeriodicModelAverager`.
+        donate: Whether parameters are averaged in their own memory, as for `PeriodicModelAverager`.
 
     Raises:
         TypeError: If a period, a group size or ``warmup_steps`` is no integer (bool is none), or ``process_group`` no
@@ -238,7 +246,7 @@ class HierarchicalModelAverager(ModelAverager, torch_hierarchical.HierarchicalMo
         ``torch.distributed.algorithms.model_averaging.hierarchical_model_averager``.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # torch's, and options as keywords
         self,
         period_group_size_dict: Mapping[int, int] | None = None,
         warmup_steps: int = 0,
@@ -246,9 +254,11 @@ class HierarchicalModelAverager(ModelAverager, torch_hierarchical.HierarchicalMo
         *,
         where: Which | None = None,
         timeout: Timeout = None,
+        donate: bool = True,
     ) -> None:
         check_hierarchical(period_group_size_dict, warmup_steps, process_group)
-        self.where, self.timeout = where, check_options("HierarchicalModelAverager", where, timeout)
+        self.where, self.timeout = where, check_options("HierarchicalModelAverager", where, timeout, donate)
+        self.donate = donate
         sizes = dict(period_group_size_dict or {})
         only_1 = list(sizes) == [1]
         if only_1:  # as in PeriodicModelAverager; what torch raises before it warns comes before
@@ -274,7 +284,7 @@ class HierarchicalModelAverager(ModelAverager, torch_hierarchical.HierarchicalMo
                 timeout = self.timeout
                 if timeout is None:  # torch gives smaller groups its default, and not their parent's
                     timeout = getattr(as_collective(self.process_group), "default_timeout", None)
-                average_parameters(params, group, self.where, timeout)
+                average_parameters(params, group, self.where, Options(donate=self.donate, timeout=timeout))
         self.step += 1
 
 

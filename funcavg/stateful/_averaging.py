@@ -37,9 +37,8 @@ Parameters = Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]]
 Which = Callable[[torch.nn.Parameter], Any]
 
 
-def average_parameters(params: Parameters, group: Any, where: Which | None, timeout: float | None) -> None:
+def average_parameters(params: Parameters, group: Any, where: Which | None, options: Options) -> None:
     """Average, in place, the parameters that have a gradient and that ``where`` accepts."""
-    options = Options(donate=True, timeout=timeout)
     try:
         items: list[Any] = [{"params": list(item["params"])} if isinstance(item, dict) else item for item in params]
         given = get_params_to_average(items)
@@ -59,7 +58,7 @@ def average_parameters(params: Parameters, group: Any, where: Which | None, time
 
     tree = [{"params": list(map(leaf, item["params"]))} if isinstance(item, dict) else leaf(item) for item in items]
     try:
-        average_with(options, tree, group)
+        means = average_with(options, tree, group)
     except TreeMismatchError as mismatch:
         refused = "" if where is None else ", or which where refuses,"
         raise TreeMismatchError(f"{mismatch} A parameter whose grad is None{refused} counts as no leaf.") from None
@@ -71,8 +70,13 @@ def average_parameters(params: Parameters, group: Any, where: Which | None, time
             f"average_parameters: parameters are averaged in their own memory, but {reason} Average one of them, or "
             f"copies. Nothing was sent and the parameters are unchanged, on every rank."
         ) from None
+    if not options.donate:
+        with torch.no_grad():
+            for param, mean in zip(_each(items), _each(means), strict=True):
+                if id(param) in chosen:
+                    param.copy_(mean)
     if not chosen:  # on no rank, for they have just agreed
-        total = sum(len(item["params"]) if isinstance(item, dict) else 1 for item in items)
+        total = len(_each(items))
         if given:
             raise ValueError(
                 f"average_parameters: where refuses all {len(given)} parameters that have a gradient, of {total}, so "
@@ -84,6 +88,11 @@ def average_parameters(params: Parameters, group: Any, where: Which | None, time
         )
 
 
+def _each(items: Iterable[Any]) -> list[Any]:
+    """Return parameters, or what stands for them, of both kinds of items."""
+    return [param for item in items for param in (item["params"] if isinstance(item, dict) else [item])]
+
+
 def _raise_on_every_rank(mistake: Exception, group: Any, options: Options) -> NoReturn:
     """Raise this rank's mistake here, and let the ranks that wait in `average` hear of it."""
     with suppress(Exception):  # the same mistake, in other words
@@ -91,8 +100,10 @@ def _raise_on_every_rank(mistake: Exception, group: Any, options: Options) -> No
     raise mistake
 
 
-def check_options(who: str, where: Any, timeout: Any) -> float | None:
-    """Refuse what is no function of a parameter, or no timeout; return the timeout in seconds."""
+def check_options(who: str, where: Any, timeout: Any, donate: Any) -> float | None:
+    """Refuse what is no function of a parameter, no timeout, or no bool; return the timeout in seconds."""
+    if not isinstance(donate, bool):
+        raise TypeError(f"{who}: donate must be True or False, got {donate!r} of type {type(donate).__name__}")
     if where is not None and not callable(where):
         raise TypeError(f"{who}: where must be a function of a parameter, got {where!r} of type {type(where).__name__}")
     return checked_timeout(timeout, who)
@@ -124,6 +135,11 @@ def check_hierarchical(period_group_size_dict: Any, warmup_steps: Any, process_g
     if process_group not in (None, outside) and not isinstance(process_group, dist.ProcessGroup):
         kind = type(process_group).__name__
         raise TypeError(f"Arg ``process_group`` must be a ProcessGroup or None, got {process_group!r} of type {kind}.")
+    if isinstance(process_group, dist.ProcessGroup) and type(process_group) is not dist.ProcessGroup:
+        raise TypeError(
+            f"Arg ``process_group`` is a {type(process_group).__name__}, whose ranks may be others at any time: "
+            f"numbers of them make no lasting groups."
+        )
 
 
 def portable(state: Mapping[str, Any], who: str) -> dict[str, Any]:

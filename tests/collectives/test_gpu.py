@@ -191,7 +191,7 @@ def nccl_of(*works):
 
     left, group = list(works), Stub(allreduce=allreduce, _get_backend=lambda device: backend)
     group.rank, group.size = (lambda: 0), (lambda: 2)
-    owner = TorchCollective(group)
+    owner = TorchCollective(group, None)
     return DeviceVerbs(group, owner), owner, aborted  # the verbs keep the group
 
 

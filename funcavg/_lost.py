@@ -1,0 +1,131 @@
+"""After a loss: from whose parameters the ranks that are left go on, and over which group."""
+
+from __future__ import annotations
+
+import struct
+from contextlib import suppress
+from typing import Any
+
+from funcavg._compile import not_compiled
+from funcavg._engine import gather, session_of
+from funcavg._errors import FuncavgError, PeerLostError
+from funcavg._schedule import integer
+from funcavg._trees import Options, Timeout
+from funcavg.collectives import as_collective
+
+__all__ = ["forget", "furthest"]
+
+_SAID = struct.Struct("<4sq?3x")  # magic, step, intact
+_MAGIC = b"fvgF"
+
+
+@not_compiled
+def furthest(step: int, group: Any = None, *, intact: bool = True, timeout: Timeout = None) -> int | None:
+    """Return the rank whose parameters all are to take, or None if all can go on with their own.
+
+    A rank that is lost in the last moments of an average leaves some who have the mean, and some whose call has raised.
+    Those that are left compare how far each has come, over the group that they have made of themselves:
+
+    ```python
+    try:
+        params = average(params, group)
+        rounds += 1
+    except PeerLostError:
+        group = survivors(group)                       # by whatever runs the job
+        root = furthest(rounds, group)
+        if root is not None:                           # some had returned: all take what they have
+            params, rounds = broadcast((params, rounds), group, root=root)
+        # else nobody had: average again, of those that are left
+    ```
+
+    Args:
+        step: How many rounds of averaging this rank has come through, or any count that grows with them: an averager's
+            ``state.step``. An integer at least 0, below 2**63.
+        group: Who is left, as for `funcavg.average`.
+        intact: Whether this rank's parameters are whole. They are not where a call with ``donate=True`` has raised (the
+            stand-ins of `funcavg.stateful` donate, unless told not to).
+        timeout: Seconds, or a ``timedelta``, to wait for the other ranks, as for `funcavg.average`.
+
+    Returns:
+        None if all ranks are at the same step, and intact: each goes on with its own parameters, so no local step is
+        lost. Else the lowest rank, in the group, of those with the highest step that are intact: pass it to
+        `funcavg.broadcast` as the root. The same on all ranks; None on a rank outside of the group.
+
+    Raises:
+        FuncavgError: If no rank is intact. On every rank alike: load a checkpoint. (Not a PeerLostError, lest a loop
+            that goes on after one tries for ever.)
+        TypeError: If ``step`` is no integer. On this rank.
+        ValueError: If ``step`` is negative or too large, or ``timeout`` not positive. On this rank.
+        PeerLostError: If a rank dies or does not come in time. On the ranks that wait for it.
+
+    Communication:
+        One gather of 16 bytes per rank, and before the first call on a group whatever `funcavg.average` gathers.
+
+    Examples:
+        >>> import funcavg
+        >>> from funcavg.testing import run_ranks
+        >>> run_ranks(3, lambda group: funcavg.furthest(8, group))
+        [None, None, None]
+        >>> run_ranks(3, lambda group: funcavg.furthest(8 + (group.rank == 1), group))
+        [1, 1, 1]
+
+    References:
+        Bland et al., [Post-failure recovery of MPI communication capability: Design and
+        rationale](https://doi.org/10.1177/1094342013488238), 2013: what is agreed about after a loss.
+    """
+    options = Options(timeout=timeout).checked("furthest")
+    number = integer("furthest: the step", step)
+    if not 0 <= number < 1 << 63:
+        raise ValueError(f"furthest: the step must be at least 0 and below 2**63, got {number}")
+    collective = as_collective(group)
+    if collective is None:
+        return None
+    with session_of(collective).entered("furthest"):
+        payloads = gather(_SAID.pack(_MAGIC, number, bool(intact)), collective, options, "furthest")
+    unpacked = [_SAID.unpack(payload) for payload in payloads]
+    if any(magic != _MAGIC for magic, *_ in unpacked):
+        others = [rank for rank, (magic, *_) in enumerate(unpacked) if magic != _MAGIC]
+        raise FuncavgError(f"furthest: rank {others[0]} has called another function. All ranks call the same ones.")
+    said: list[tuple[int, bool]] = [(theirs, is_intact) for _, theirs, is_intact in unpacked]
+    if said == [(said[0][0], True)] * len(said):
+        return None
+    whole = [(theirs, -rank) for rank, (theirs, is_intact) in enumerate(said) if is_intact]
+    if not whole:
+        raise FuncavgError(
+            f"furthest: the parameters of none of the {len(said)} ranks are whole (intact=False on each), so there is "
+            f"nothing to go on from: load a checkpoint on all ranks."
+        )
+    return -max(whole)[1]
+
+
+def forget(group: Any = None) -> None:
+    """Forget what has been remembered of a group: who shares memory, connections, plans, and that it is spent.
+
+    For groups that have come to join other ranks, or have been mended, and do not tell. Groups of torchft's are
+    followed without it, and so is a `Collective` whose ``rank``, ``size`` or ``configuration`` has changed. All ranks
+    call it, between the same two calls; the next one begins as the first did. For one of torch's groups that means new
+    connections, for a communicator of MPI's that is spent a new duplicate.
+
+    Args:
+        group: As for `funcavg.average`.
+
+    Raises:
+        RuntimeError: If a call is under way on the group. On this rank.
+
+    Communication:
+        None.
+
+    Examples:
+        >>> import funcavg
+        >>> from funcavg.testing import run_ranks
+        >>> def fn(group):
+        ...     before = funcavg.average(float(group.rank), group)
+        ...     funcavg.forget(group)
+        ...     return before, funcavg.average(float(group.rank), group)
+        >>> run_ranks(2, fn)
+        [(0.5, 0.5), (0.5, 0.5)]
+    """
+    with suppress(PeerLostError):  # it is connected to nobody, and begins anew when it is
+        collective = as_collective(group)
+        if collective is not None:
+            session_of(collective).forget(group)
