@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 
 __all__ = ["advice_for", "is_fault_tolerant"]
 
@@ -19,8 +20,8 @@ def is_fault_tolerant(library: str, path: str) -> bool:
 def advice_for(library: str, *, fault_tolerant: bool) -> str:
     """Say what to do when a rank is lost.
 
-    >>> advice_for("MPICH Version: 5.0.2", fault_tolerant=False).partition(". ")[0]
-    'MPICH ends a job of which a rank dies, and cannot go on without it'
+    >>> advice_for("MPICH Version: 5.0.2", fault_tolerant=False)[:63]
+    'MPICH ends a job of which a rank dies, and cannot go on without'
     """
     if fault_tolerant:
         return (
@@ -30,7 +31,7 @@ def advice_for(library: str, *, fault_tolerant: bool) -> str:
     end = "Run MPI jobs as `python -m mpi4py script.py`: it ends all ranks when one fails."
     if "Open MPI" in library:
         return f"{end} To go on without a lost rank, start the job with `mpiexec --with-ft ulfm`."
-    name = library.split(maxsplit=1)[0] if library else "MPI"
+    name = re.split(r" (?:Version|Library)|[\d:,]", library or "MPI")[0].strip()
     return f"{name} ends a job of which a rank dies, and cannot go on without it (Open MPI can). {end}"
 
 

@@ -43,12 +43,15 @@ def launcher() -> list[str] | str:
         return str(reason)
 
 
-def start(size: int, *args: Any, **environ: str) -> subprocess.Popen[str]:
-    """Start ``python -m mpi4py`` with these arguments on some ranks; 0: without a launcher."""
+def start(size: int, *args: Any, options: tuple[str, ...] = (), **environ: str) -> subprocess.Popen[str]:
+    """Start ``python -m mpi4py`` with these arguments on some ranks; 0: without a launcher.
+
+    ``options`` are the launcher's.
+    """
     command = launcher()
     if isinstance(command, str):
         skip(command)
-    ranks = [*command, "-n", str(size)] if size else []
+    ranks = [*command, *options, "-n", str(size)] if size else []
     rooms = [folder for folder in sorted((ROOT / "tests").iterdir()) if folder.is_dir() and folder.name != "helpers"]
     path = os.pathsep.join(map(str, [ROOT, ROOT / "tests", *rooms]))
     return subprocess.Popen(
@@ -94,18 +97,27 @@ def children(pid: int) -> list[int]:
     return [descendant for child in map(int, found) for descendant in (child, *children(child))]
 
 
-def run_mpi(size: int, fn: Callable[..., Any], *args: Any, timeout: float = 60.0, **environ: str) -> list[Any]:
+def run_mpi(
+    size: int,
+    fn: Callable[..., Any],
+    *args: Any,
+    timeout: float = 60.0,
+    options: tuple[str, ...] = (),
+    dies: tuple[int, ...] = (),
+    **environ: str,
+) -> list[Any]:
     """Run ``fn(comm, *args)`` on every rank of an MPI job; return the results in rank order.
 
     ``fn`` is a function of a module that tests can import. A rank leaves when its function is done, without
-    MPI_Finalize, which would wait for requests that were given up.
+    MPI_Finalize, which would wait for requests that were given up. Ranks in ``dies`` are expected to be killed, and
+    return None; ``options`` are the launcher's.
     """
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "job").write_bytes(pickle.dumps((fn.__module__, fn.__qualname__, args)))
-        job = start(size, Path(__file__).resolve(), folder, **environ)
+        job = start(size, Path(__file__).resolve(), folder, options=options, **environ)
         deadline, hanging = time.monotonic() + timeout, False
         done = [Path(folder, f"outcome{rank}") for rank in range(size)]
-        while not all(path.exists() for path in done) and job.poll() is None:
+        while not all(path.exists() or rank in dies for rank, path in enumerate(done)) and job.poll() is None:
             if time.monotonic() > deadline:
                 hanging = True
                 for pid in children(job.pid):
@@ -121,6 +133,9 @@ def run_mpi(size: int, fn: Callable[..., Any], *args: Any, timeout: float = 60.0
             said = kill(job)
         problems, outcomes = [], []
         for rank, path in enumerate(done):
+            if not path.exists() and rank in dies:
+                outcomes.append(None)
+                continue
             if not path.exists():
                 stack = Path(folder, f"stack{rank}")
                 where = f"hangs after {timeout:g} s at\n" if hanging else "has died\n"

@@ -1,0 +1,179 @@
+"""Ranks that are killed under MPI, and those that are left: over Open MPI with ULFM, they shrink and go on."""
+
+import os
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import losing, mpi
+
+from funcavg import PeerLostError, average, furthest
+from funcavg.collectives.surviving import advice_for
+
+pytestmark = pytest.mark.mpi
+ULFM = ("--with-ft", "ulfm")
+
+
+def survives(comm):
+    from funcavg.collectives.mpi import _fault_tolerant
+
+    return _fault_tolerant()
+
+
+@pytest.fixture(scope="module")
+def ulfm():
+    """Skip where the MPI library, or its launcher, cannot go on without a rank."""
+    command = mpi.launcher()
+    if isinstance(command, str):
+        mpi.skip(command)
+    if "Open MPI" not in library():
+        pytest.skip("this MPI library ends a job of which a rank dies")
+    assert mpi.run_mpi(1, survives, options=ULFM) == [True]
+    assert mpi.run_mpi(1, survives) == [False]
+
+
+def library():
+    return mpi.run_mpi(1, name_of_library)[0]
+
+
+def name_of_library(comm):
+    from mpi4py import MPI
+
+    return MPI.Get_library_version()
+
+
+def train(comm, case):
+    """Shrink after a loss, as often as there is one."""
+    group = [comm]
+
+    def regroup():
+        group[0].Revoke()
+        group[0] = group[0].Shrink()
+        return group[0]
+
+    return losing.train_and_lose(comm.rank, case, comm, regroup, lambda group: group.Dup())
+
+
+def assert_all_go_on(case, size=4):
+    seen = mpi.run_mpi(size, train, case, options=ULFM, dies=(case.victim,), timeout=60)
+    assert [rank for rank, found in enumerate(seen) if found is None] == [case.victim], "it was not killed"
+    for found in filter(None, seen):
+        assert (found.differ, found.left) == ([], []), case
+        assert len(found.seconds) <= 1
+        assert all(seconds < 5 for seconds in found.seconds), (case, found)  # whose deadline is 20 s
+        for words in found.words:
+            assert re.search(r"comm\.Revoke\(\), then comm\.Shrink\(\)", words), words
+
+
+@pytest.mark.usefixtures("ulfm")
+@pytest.mark.parametrize("mode", losing.MODES)
+@pytest.mark.parametrize("point", losing.ONCE + losing.PER_BUCKET)
+def test_survivors_shrink_and_go_on(mode, point):
+    """A sample; tests/kills.py goes through all."""
+    number = [*losing.MODES].index(mode) + (losing.ONCE + losing.PER_BUCKET).index(point)
+    method = losing.METHODS[number % 3]
+    if mode == "off" and point in ("published", "attached"):
+        pytest.skip("there is no node")
+    assert_all_go_on(losing.Case(mode, method, point, 0 if point in losing.ONCE else number % 5, number % 4))
+
+
+def lose_many(comm, losses):
+    """Lose the group again and again; return what this process holds, after each."""
+    group, tree, seen = comm, {"w": np.full(2_000_000, np.float32(comm.rank))}, []
+    for number in range(losses):
+        average(tree, group, timeout=20)
+        with pytest.raises((PeerLostError, KeyboardInterrupt)):
+            fail_once(group, tree, number)
+        group.Revoke()
+        group = group.Shrink()  # nobody has died, so the same ranks in another communicator
+        links = [str(entry) for entry in Path("/proc/self/fd").iterdir()]
+        seen.append((resident(), len(links), sum("funcavg" in line for line in maps())))
+    return seen
+
+
+def fail_once(group, tree, number):
+    from funcavg import _points
+
+    def reached(where, _=0):
+        if where == "arrived" and group.rank == number % group.size:
+            raise KeyboardInterrupt
+
+    _points.reached = reached
+    try:
+        average(tree, group, timeout=20)
+    finally:
+        _points.reached = lambda where, number=0: None
+
+
+def maps():
+    return Path("/proc/self/maps").read_text().splitlines()
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.usefixtures("ulfm")
+@pytest.mark.parametrize("node", ["one", "off"])
+def test_what_losses_leave_behind(node):
+    for seen in mpi.run_mpi(2, lose_many, 22, options=ULFM, FUNCAVG_NODE=node, timeout=100):
+        (first, descriptors, mapped), (last, descriptors_at_end, mapped_at_end) = seen[1], seen[-1]
+        assert last - first < 80e6, f"{(last - first) / 1e6:.0f} MB"
+        assert descriptors_at_end <= descriptors + 2
+        assert mapped_at_end <= mapped + 2
+
+
+def slow_survivor(comm):
+    """One is killed, one is slow, and one waits for the slow one."""
+    from mpi4py import MPI
+
+    tree = {"w": np.full(10_000_000, np.float32(comm.rank))}
+    average(tree, comm, timeout=20)
+    if comm.rank == 2:
+        os.kill(os.getpid(), 9)
+    if comm.rank == 1:
+        time.sleep(1.5)
+    begin = time.monotonic()
+    with pytest.raises(PeerLostError, match=r"lost: rank 2 of the group|rank 2 on this host|given up"):
+        average(tree, comm, timeout=20)
+    took = time.monotonic() - begin
+    comm.Revoke()
+    begin = time.monotonic()
+    left = comm.Shrink()
+    assert furthest(3, left, timeout=20) is None
+    assert (average(tree, left, timeout=20)["w"] == 0.5).all()
+    assert MPI.Comm.Compare(left, comm) != MPI.IDENT
+    return took, time.monotonic() - begin
+
+
+@pytest.mark.usefixtures("ulfm")
+@pytest.mark.parametrize("node", ["one", "off"])
+def test_a_survivor_that_is_slow(node):
+    seen = mpi.run_mpi(3, slow_survivor, options=ULFM, dies=(2,), FUNCAVG_NODE=node)
+    assert all(took < 3 and again < 3 for took, again in seen[:2])
+
+
+def test_where_a_job_cannot_go_on(request):
+    """The words of the error say how it could."""
+    del request
+    words = mpi.run_mpi(2, lose_a_deadline)[0]
+    if "Open MPI" in library():
+        assert "start the job with `mpiexec --with-ft ulfm`" in words
+    else:
+        assert "MPICH ends a job of which a rank dies, and cannot go on without it (Open MPI can)" in words
+
+
+def lose_a_deadline(comm):
+    if comm.rank == 1:
+        time.sleep(1.5)
+        return ""
+    with pytest.raises(PeerLostError) as caught:
+        average(1.0, comm, timeout=0.5)
+    return str(caught.value)
+
+
+def test_advice():
+    assert "comm.Revoke(), then comm.Shrink()" in advice_for("Open MPI v5.0.11", fault_tolerant=True)
+    assert "Intel(R) MPI ends a job" in advice_for("Intel(R) MPI Library 2021.14", fault_tolerant=False)

@@ -1,0 +1,59 @@
+"""A rank is killed, and the others go on: the same loop over torch's own groups and over ones that are configured anew.
+
+MPI's have a file of their own (tests/collectives/test_ulfm.py), and so has torchft.
+"""
+
+from itertools import count
+from pathlib import Path
+
+import pytest
+from helpers import losing
+from helpers.frameworks import dist
+from helpers.processes import run_processes
+
+SIZE = 3
+
+
+def train(rank, case, kind, folder):
+    """Whoever runs the job says who is left; here it is known."""
+    from helpers.configured import Wrapper
+
+    left, numbers = [who for who in range(SIZE) if who != case.victim], count()
+    first = Wrapper()
+    group = first if kind == "configured" else dist.group.WORLD
+    if kind == "configured":
+        first.configure(Path(folder, "first"), rank, SIZE, 0)
+
+    def configured(wrapper):
+        number = next(numbers)
+        wrapper.configure(Path(folder, str(number)), left.index(rank), len(left), 1 + number)
+        return wrapper
+
+    def again(_):
+        return configured(Wrapper())
+
+    return losing.train_and_lose(rank, case, group, lambda: configured(first), again)
+
+
+def assert_all_go_on(case, kind, folder):
+    seen = run_processes(SIZE, train, case, kind, str(folder), dies=(case.victim,), timeout=90)
+    assert [rank for rank, found in enumerate(seen) if found is None] == [case.victim], "it was not killed"
+    for found in filter(None, seen):
+        assert (found.differ, found.left) == ([], []), case
+        assert len(found.seconds) <= 1
+        assert all(seconds < 5 for seconds in found.seconds), (case, found)  # whose deadline is 20 s
+
+
+@pytest.mark.parametrize("kind", ["torch", "configured"])
+@pytest.mark.parametrize("mode", losing.MODES)
+@pytest.mark.parametrize("point", losing.ONCE + losing.PER_BUCKET)
+def test_survivors_go_on(tmp_path, point, mode, kind):
+    """A sample; tests/kills.py goes through all."""
+    if mode == "off" and point in ("published", "attached"):
+        pytest.skip("there is no node")
+    number = [*losing.MODES].index(mode) + (losing.ONCE + losing.PER_BUCKET).index(point) + (kind == "torch")
+    at = 0 if point in losing.ONCE else number % 5
+    victim = number % SIZE
+    if (mode, point, victim) == ("two", "reduced", 1):
+        victim = 2  # of the nodes 0, 1 and 2 there is one shard, which rank 1 has no part in
+    assert_all_go_on(losing.Case(mode, losing.METHODS[number % 3], point, at, victim), kind, tmp_path)
