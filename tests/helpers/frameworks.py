@@ -21,7 +21,7 @@ import pytest
 
 OPTIONAL = (
     *("torch", "jax", "mpi4py", "flax", "equinox", "optax", "orbax", "safetensors"),
-    *("sklearn", "matplotlib", "mpi4jax", "lightning"),
+    *("sklearn", "matplotlib", "mpi4jax", "lightning", "torchft"),
 )
 NAMES = {"dist": "torch.distributed", "jnp": "jax.numpy"}  # what is imported by another name than its own
 
