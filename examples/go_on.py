@@ -85,7 +85,7 @@ class ULFM(Engine):
                 lost(self, error)
                 self.group.Revoke()  # whoever still waits for us hears of it
             if trained["step"] >= self.args.steps:  # nobody may leave while another has to average again
-                all_have_it = bool(self.group.Agree(int(result is not None)))
+                all_have_it = self.all_agree(result is not None)
             if result is not None and all_have_it:
                 return result
             self.group = self.group.Shrink()
@@ -95,6 +95,15 @@ class ULFM(Engine):
             root = furthest(trained["step"] + (result is not None), self.group)
             if root is not None:
                 trained = broadcast(trained, self.group, root=root)
+
+    def all_agree(self, have_it: bool) -> bool:
+        """Ask all that are left, who get the same answer, also where another dies meanwhile."""
+        from mpi4py import MPI
+
+        try:
+            return bool(self.group.Agree(int(have_it)))
+        except MPI.Exception:  # raised on all alike: somebody was lost that not all know of
+            return False
 
 
 class TorchFT(Engine):

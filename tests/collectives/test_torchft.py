@@ -235,8 +235,62 @@ def assert_goes_on(node, point, at, victim):
     assert [number for number, found in enumerate(replicas) if found is None] == [victim]
     for again, errors, left in filter(None, replicas):
         assert again < 8, (again, errors)
-        assert left == []
+        assert left == [], "left behind"
     return max(again for again, *_ in filter(None, replicas))
+
+
+def two_losses(job, first):
+    """A replica is lost in an average of ours and one in an all-reduce of torchft's; return the seconds after each.
+
+    ``first`` says which comes first.
+    """
+    params = {"w": torch.full((10_000_000,), float(job.number))}
+    manager, group = groups_of(job, params.update, lambda: dict(params), managed=False)
+    after = {}
+    for turn, (method, replicas) in enumerate([(first, 4), ({"ours": "torchft's", "torchft's": "ours"}[first], 3)]):
+        rounds, killed = 0, Path(job.folder, f"killed{turn}")
+
+        def die(killed=killed):
+            killed.write_text(str(time.time()))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        while method not in after:
+            manager.start_quorum()
+            manager.wait_quorum()
+            rounds += group.size() == replicas
+            dies = job.number == 3 - turn and rounds == 4
+            if method == "ours":
+                _points.reached = lambda where, at=0, dies=dies, die=die: (
+                    die() if dies and (where, at) == ("arrived", 5) else None
+                )
+                try:
+                    average(params, group, weight=float(manager.is_participating()), timeout=10)
+                except PeerLostError as error:
+                    manager.report_error(error)
+            else:
+                work = manager.allreduce(params["w"].clone())
+                if dies:
+                    die()
+                work.wait()
+            if manager.should_commit() and killed.exists() and manager.num_participants() == replicas - 1:
+                after[method] = time.time() - float(killed.read_text())
+    return after
+
+
+def seconds_to_go_on(runs):
+    """Return the seconds from a kill to the next committed mean, over torchft's own all-reduce and over ours."""
+    seconds = {"ours": [], "torchft's": []}
+    for number in range(runs):
+        first = ("ours", "torchft's")[number % 2]
+        found = [f for f in run_replicas(4, two_losses, first, dies=(2, 3), least=2, timeout=120) if f is not None]
+        for method, rows in seconds.items():
+            rows.append(max(after[method] for after in found))
+    return seconds
+
+
+def test_it_goes_on_as_soon_as_torchft_does():
+    seconds = seconds_to_go_on(2)
+    assert min(seconds["ours"]) < min(seconds["torchft's"]) + 1, seconds
 
 
 @pytest.mark.parametrize("node", NODES)

@@ -36,12 +36,15 @@ def train(rank, case, kind, folder):
 
 
 def assert_all_go_on(case, kind, folder):
+    """Return the seconds until the call that was lost had ended, at most."""
     seen = run_processes(SIZE, train, case, kind, str(folder), dies=(case.victim,), timeout=90)
     assert [rank for rank, found in enumerate(seen) if found is None] == [case.victim], "it was not killed"
     for found in filter(None, seen):
-        assert (found.differ, found.left) == ([], []), case
+        assert found.differ == [], case
+        assert found.left == [], ("left behind", case)
         assert len(found.seconds) <= 1
         assert all(seconds < 5 for seconds in found.seconds), (case, found)  # whose deadline is 20 s
+    return max(second for found in filter(None, seen) for second in [0.0, *found.seconds])
 
 
 @pytest.mark.parametrize("kind", ["torch", "configured"])
@@ -49,11 +52,11 @@ def assert_all_go_on(case, kind, folder):
 @pytest.mark.parametrize("point", losing.ONCE + losing.PER_BUCKET)
 def test_survivors_go_on(tmp_path, point, mode, kind):
     """A sample; tests/kills.py goes through all."""
-    if mode == "off" and point in ("published", "attached"):
-        pytest.skip("there is no node")
     number = [*losing.MODES].index(mode) + (losing.ONCE + losing.PER_BUCKET).index(point) + (kind == "torch")
     at = 0 if point in losing.ONCE else number % 5
-    victim = number % SIZE
-    if (mode, point, victim) == ("two", "reduced", 1):
-        victim = 2  # of the nodes 0, 1 and 2 there is one shard, which rank 1 has no part in
-    assert_all_go_on(losing.Case(mode, losing.METHODS[number % 3], point, at, victim), kind, tmp_path)
+    case = losing.Case(mode, losing.METHODS[number % 3], point, at, number % SIZE)
+    if not losing.can_be(case, SIZE):
+        case = case._replace(victim=2)
+        if not losing.can_be(case, SIZE):
+            pytest.skip("there is no node")
+    assert_all_go_on(case, kind, tmp_path)

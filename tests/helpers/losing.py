@@ -43,6 +43,13 @@ def cases_of(mode: str, method: str, size: int) -> list[Case]:
     return [Case(mode, method, point, at, victim) for point, at in points for victim in range(size)]
 
 
+def can_be(case: Case, size: int) -> bool:
+    """Say whether the victim comes to the point: there may be no node, or no shard of it for this rank to reduce."""
+    if case.mode == "off":
+        return case.point not in ("published", "attached")
+    return not (case.mode == "two" and size == 3 and case.point == "reduced" and case.victim == 1)
+
+
 def averager_of(method: str, group: Any) -> funcavg.Averager:
     """Return a pair that synchronises with a group; "average" is one that is written here, of `funcavg.average`."""
     if method == "periodic":
