@@ -303,6 +303,22 @@ def test_a_replica_that_is_killed_in_a_call(node, point):
     assert_goes_on(node, point, 0 if point in ONCE else number % 4, number % 3)
 
 
+def as_the_page_has_it(job):
+    from test_snippets import LOST
+
+    scope = {"average": average, "PeerLostError": PeerLostError, "params": beginning(job.number)}
+    scope["manager"], scope["group"] = groups_of(
+        job, lambda state: scope.update(params=state), lambda: dict(scope["params"]), managed=False
+    )
+    while scope["manager"].current_step() < 3:
+        exec(LOST[0], scope)
+    return scope["params"]["w"][1].item()
+
+
+def test_the_loop_of_the_page():
+    assert run_replicas(2, as_the_page_has_it, least=2) == [1.5, 1.5]
+
+
 def refused(job, kind):
     """Classes that cannot be served, by name."""
     from torchft import process_group

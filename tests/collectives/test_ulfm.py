@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from helpers import losing, mpi
 
+import funcavg
 from funcavg import PeerLostError, _points, average, furthest
 from funcavg.collectives.surviving import advice_for
 
@@ -117,6 +118,27 @@ def seconds_to_go_on(runs):
                 seen = mpi.run_mpi(3, goes_on, node, options=ULFM, dies=(2,), MOMENT=moment)
             seconds[node, number] = round(max(seen[:2]), 3)
     return seconds
+
+
+def as_the_page_has_it(comm):
+    """Rank 3 is killed when rank 0 has come through a round, and the others have not."""
+    from test_snippets import LOST
+
+    job = {name: getattr(funcavg, name) for name in ("PeerLostError", "average", "broadcast", "furthest")}
+    job |= {"params": {"w": np.full(1000, float(comm.rank))}, "rounds": 0, "comm": comm}
+    exec(LOST[1], job)
+    assert (job["rounds"], job["params"]["w"][0]) == (1, 1.5)
+    if comm.rank == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    job["params"] = {"w": job["params"]["w"] + comm.rank}
+    job["rounds"] += comm.rank == 0  # as if its call had returned
+    exec(LOST[1], job)
+    return job["rounds"], job["params"]["w"][0], job["comm"].size
+
+
+@pytest.mark.usefixtures("ulfm")
+def test_the_loop_of_the_page():
+    assert mpi.run_mpi(4, as_the_page_has_it, options=ULFM, dies=(3,)) == [(3, 1.5, 3)] * 3 + [None]
 
 
 @pytest.mark.usefixtures("ulfm")

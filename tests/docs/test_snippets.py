@@ -1,5 +1,6 @@
 """Code that the documentation shows without `>>>`, which doctest does not see, does what it says."""
 
+import os
 import re
 import subprocess
 import sys
@@ -23,12 +24,15 @@ def blocks(path):
 
 
 README, HPC = blocks(ROOT / "README.md"), blocks(ROOT / "docs" / "hpc.md")
+LOST = blocks(ROOT / "docs" / "guides" / "lost-workers.md")  # torchft's and MPI's are in their own tests
 
 
 def test_there_is_no_other_such_code():
-    elsewhere = {page.name: blocks(page) for page in PAGES if page.name not in ("README.md", "hpc.md")}
+    elsewhere = {
+        page.name: blocks(page) for page in PAGES if page.name not in ("README.md", "hpc.md", "lost-workers.md")
+    }
     assert not any(elsewhere.values()), elsewhere
-    assert (len(README), len(HPC)) == (3, 4)  # the first of the README is in test_examples.py
+    assert (len(README), len(HPC), len(LOST)) == (3, 4, 3)  # the first of the README is in test_examples.py
 
 
 def test_an_axis_name():
@@ -45,6 +49,33 @@ print(params["w"].tolist())
     environ = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environ)
     assert done.stdout == "[1.0, 2.0, 1.0, 2.0]\n", done.stderr
+
+
+def test_workers_that_torchrun_starts_again(tmp_path):
+    """The store is torchrun's, and still has the addresses of those that were there before."""
+    skip_without("torch")
+    job = tmp_path / "job.py"
+    job.write_text(f"""
+import os, signal, sys
+import torch.distributed as dist
+from funcavg import PeerLostError, average
+{LOST[2]}
+if restarts == "0" and os.environ["RANK"] == "1":
+    average(0.0)
+    os.kill(os.getpid(), signal.SIGKILL)
+try:
+    for _ in range(2):
+        mean = average(float(os.environ["RANK"]), timeout=20)
+except PeerLostError:
+    sys.exit(1)
+print("restart", restarts, "mean", mean, flush=True)
+""")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "--max-restarts=1", str(job)]
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command], env=environ, capture_output=True, text=True, check=False, timeout=100
+    )
+    assert (done.returncode, done.stdout.count("restart 1 mean 1.0")) == (0, 3), done.stderr
 
 
 @pytest.mark.parametrize("step", [15, 16])
