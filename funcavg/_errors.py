@@ -30,8 +30,8 @@ class PeerLostError(FuncavgError, RuntimeError):
     """Another rank died or did not come within the timeout.
 
     Raised on the ranks that wait; their inputs are unchanged (unless donated). The group is spent: every
-    later call on it raises at once, until it is configured anew, if it is one that can be. Make a new group of the ranks
-    that are left, and see from whose parameters they go on: `funcavg.furthest`; or start from a checkpoint.
+    later call on it raises at once, until it is configured anew, if it is one that can be. Make a new group of the
+    ranks that are left, and see from whose parameters they go on: `funcavg.furthest`; or start from a checkpoint.
     """
 
 

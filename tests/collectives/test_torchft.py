@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers.frameworks import skip_without, torch
 from helpers.losing import ONCE, PER_BUCKET, left_behind
+from helpers.pages import LOST
 from helpers.replicas import manager_of, run_replicas
 
 import funcavg
@@ -304,8 +305,6 @@ def test_a_replica_that_is_killed_in_a_call(node, point):
 
 
 def as_the_page_has_it(job):
-    from test_snippets import LOST
-
     scope = {"average": average, "PeerLostError": PeerLostError, "params": beginning(job.number)}
     scope["manager"], scope["group"] = groups_of(
         job, lambda state: scope.update(params=state), lambda: dict(scope["params"]), managed=False

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import losing, mpi
+from helpers.pages import LOST
 
 import funcavg
 from funcavg import PeerLostError, _points, average, furthest
@@ -122,8 +123,6 @@ def seconds_to_go_on(runs):
 
 def as_the_page_has_it(comm):
     """Rank 3 is killed when rank 0 has come through a round, and the others have not."""
-    from test_snippets import LOST
-
     job = {name: getattr(funcavg, name) for name in ("PeerLostError", "average", "broadcast", "furthest")}
     job |= {"params": {"w": np.full(1000, float(comm.rank))}, "rounds": 0, "comm": comm}
     exec(LOST[1], job)

@@ -1,36 +1,23 @@
 """Code that the documentation shows without `>>>`, which doctest does not see, does what it says."""
 
 import os
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import mpi
 from helpers.frameworks import skip_without, torch
+from helpers.pages import LOST, PAGES, ROOT, blocks
 
 import funcavg
 
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-
-
-def blocks(path):
-    """Return the blocks of Python that are no doctests."""
-    found = re.findall(r"(?ms)^```python\n(.*?)^```", path.read_text(encoding="utf-8"))
-    return [block for block in found if ">>>" not in block]
-
-
 README, HPC = blocks(ROOT / "README.md"), blocks(ROOT / "docs" / "hpc.md")
-LOST = blocks(ROOT / "docs" / "guides" / "lost-workers.md")  # torchft's and MPI's are in their own tests
 
 
 def test_there_is_no_other_such_code():
-    elsewhere = {
-        page.name: blocks(page) for page in PAGES if page.name not in ("README.md", "hpc.md", "lost-workers.md")
-    }
+    pages = ("README.md", "hpc.md", "lost-workers.md")
+    elsewhere = {page.name: blocks(page) for page in PAGES if page.name not in pages}
     assert not any(elsewhere.values()), elsewhere
     assert (len(README), len(HPC), len(LOST)) == (3, 4, 3)  # the first of the README is in test_examples.py
 

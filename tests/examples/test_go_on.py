@@ -63,7 +63,7 @@ def test_torchft(tmp_path):
     skip_without("torchft")
     output = run(tmp_path, sys.executable, JOB, "torchft", "--steps", "480", "--kill", "1@48")
     assert "worker 1 is started again\n" in output
-    assert re.search(r"lost: average: rank \d of 3", output)
+    assert re.search(r"lost: average: rank \d of [23]", output)
     assert assert_goes_on(output, 48, 480) < 10
 
 
