@@ -66,6 +66,7 @@ class BorrowedCollective(TaggedRows):
     """One rank of a group that is not ours to duplicate. One object for each group, whatever its configuration."""
 
     in_callers_thread = True
+    advice = "An engine that configures the group anew has to hear of it, as torchft by manager.report_error(error)."
 
     def __init__(self, group: Any) -> None:
         super().__init__()
