@@ -15,8 +15,7 @@ from funcavg.collectives import as_collective
 
 __all__ = ["forget", "furthest"]
 
-_SAID = struct.Struct("<4sq?3x")  # magic, step, intact
-_MAGIC = b"fvgF"
+_SAID = struct.Struct("<q?")  # step, intact
 
 
 @not_compiled
@@ -52,14 +51,14 @@ def furthest(step: int, group: Any = None, *, intact: bool = True, timeout: Time
         `funcavg.broadcast` as the root. The same on all ranks; None on a rank outside of the group.
 
     Raises:
-        FuncavgError: If no rank is intact. On every rank alike: load a checkpoint. (Not a PeerLostError, lest a loop
-            that goes on after one tries for ever.)
+        FuncavgError: If no rank is intact, so that a checkpoint has to be loaded (not a PeerLostError, lest a loop
+            that goes on after one tries for ever); or if some ranks have called another function. On every rank alike.
         TypeError: If ``step`` is no integer. On this rank.
         ValueError: If ``step`` is negative or too large, or ``timeout`` not positive. On this rank.
         PeerLostError: If a rank dies or does not come in time. On the ranks that wait for it.
 
     Communication:
-        One gather of 16 bytes per rank, and before the first call on a group whatever `funcavg.average` gathers.
+        One gather of 48 bytes per rank, and before the first call on a group whatever `funcavg.average` gathers.
 
     Examples:
         >>> import funcavg
@@ -81,12 +80,8 @@ def furthest(step: int, group: Any = None, *, intact: bool = True, timeout: Time
     if collective is None:
         return None
     with session_of(collective).entered("furthest"):
-        payloads = gather(_SAID.pack(_MAGIC, number, bool(intact)), collective, options, "furthest")
-    unpacked = [_SAID.unpack(payload) for payload in payloads]
-    if any(magic != _MAGIC for magic, *_ in unpacked):
-        others = [rank for rank, (magic, *_) in enumerate(unpacked) if magic != _MAGIC]
-        raise FuncavgError(f"furthest: rank {others[0]} has called another function. All ranks call the same ones.")
-    said: list[tuple[int, bool]] = [(theirs, is_intact) for _, theirs, is_intact in unpacked]
+        payloads = gather(_SAID.pack(number, bool(intact)), collective, options, "furthest")
+    said: list[tuple[int, bool]] = [_SAID.unpack(payload) for payload in payloads]
     if said == [(said[0][0], True)] * len(said):
         return None
     whole = [(theirs, -rank) for rank, (theirs, is_intact) in enumerate(said) if is_intact]

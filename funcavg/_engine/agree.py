@@ -14,11 +14,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from funcavg._errors import FuncavgError, TreeMismatchError
-from funcavg._trees import Claim, Header, find_differences, listed
+from funcavg._trees import HEADER_BYTES, Claim, Header, find_differences, listed
 from funcavg.collectives.base import Collective
 
-__all__ = ["Agreement", "agree"]
+__all__ = ["Agreement", "agree", "exchange_words"]
 
+WORDS = b"fvgW"  # begins what ranks exchange in place of claims
 TEXT_BYTES = 64 << 10  # of a compressed text; more is cut off
 NOTHING_MOVED = "Nothing was sent and the inputs are unchanged, on every rank."
 ERRORS: dict[str, type[Exception]] = {  # the kinds that a rank's mistake keeps on its way to the others
@@ -54,6 +55,8 @@ def agree(
         )
     headers = [Header.unpack(theirs) for theirs in payloads]
     for rank, header in enumerate(headers):
+        if header.magic == WORDS:
+            return _other_function(who, rank)
         if (header.magic, header.version) != (ours.magic, ours.version):
             return FuncavgError(
                 f"{who}: rank {rank} speaks another version of the protocol ({header.magic!r} {header.version}, here "
@@ -78,6 +81,22 @@ def agree(
     if weights is not None and not any(weights):
         return ValueError(f"{who}: the weights of all {len(weights)} ranks are 0. {NOTHING_MOVED}")
     return Agreement(weights, same_ties, same_places)
+
+
+def exchange_words(
+    collective: Collective, words: bytes, timeout: float, gather: Gather | None, who: str
+) -> list[bytes] | Exception:
+    """Exchange a few bytes in place of claims, which are as long: ranks may have called different functions."""
+    payload = WORDS + words.ljust(HEADER_BYTES - len(WORDS), b"\0")
+    payloads = (gather or collective.gather)(payload, timeout)
+    for rank, theirs in enumerate(payloads):
+        if len(theirs) != len(payload) or not theirs.startswith(WORDS):
+            return _other_function(who, rank)
+    return [theirs[len(WORDS) : len(WORDS) + len(words)] for theirs in payloads]
+
+
+def _other_function(who: str, rank: int) -> FuncavgError:
+    return FuncavgError(f"{who}: rank {rank} has called another function of funcavg's. All ranks call the same ones.")
 
 
 def _publish(collective: Collective, text: str, timeout: float) -> list[str]:

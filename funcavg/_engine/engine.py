@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from funcavg._engine.agree import Agreement, agree
+from funcavg._engine.agree import Agreement, agree, exchange_words
 from funcavg._engine.buckets import Bucket, Lender, make_plan
 from funcavg._engine.copies import CopyLane, DeviceCopyLane, NodeCopyLane, StageSlots
 from funcavg._engine.device_slots import DEVICE_BUCKET
@@ -38,16 +38,13 @@ def reach_agreement(request: Request, collective: Collective) -> Agreement:
 
 
 def gather(payload: bytes, collective: Collective, options: Options, purpose: str) -> list[bytes]:
-    """Return a few bytes of every rank, equally many, in rank order, in a call of their own."""
+    """Return a few bytes of every rank, in rank order, in a call of their own."""
     session, seconds = session_of(collective), options.seconds(collective)
     with _spending(session, collective, purpose):
-        refusal = session.confirm(seconds)
-        payloads = [] if refusal is not None else (session.gather or collective.gather)(payload, seconds)
-    if refusal is not None:
-        raise refusal
-    if [len(theirs) for theirs in payloads] != [len(payload)] * collective.size:
-        raise PeerLostError(f"{purpose}: other ranks have called something else.")
-    return payloads
+        outcome = session.confirm(seconds) or exchange_words(collective, payload, seconds, session.gather, purpose)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 def move(request: Request, agreement: Agreement, collective: Collective, out: Sequence[Any] | None = None) -> list[Any]:

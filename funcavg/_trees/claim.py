@@ -18,10 +18,11 @@ from typing import NamedTuple
 
 from funcavg._trees.survey import ROOT
 
-__all__ = ["Claim", "Header", "digest", "find_differences", "listed"]
+__all__ = ["HEADER_BYTES", "Claim", "Header", "digest", "find_differences", "listed"]
 
 MAGIC, VERSION = b"favg", 2
 FORMAT = struct.Struct("<4sHHd16s8s8s")
+HEADER_BYTES = FORMAT.size
 HAS_ERROR, DONATES_TIES = 1, 2
 SHOWN = 5  # differences listed in an error
 

@@ -40,6 +40,13 @@ class Wrapper(dist.ProcessGroup):  # type: ignore[misc]
         self._pg = mover(path, rank, size)
 
 
+class Unnumbered(Wrapper):
+    """One that does not say which quorum it is of: what it wraps tells."""
+
+    def configure(self, path: Path, rank: int, size: int, _: int | None = None) -> None:
+        super().configure(path, rank, size)
+
+
 class Silent(dist.ProcessGroup):  # type: ignore[misc]
     """A group of one's own, which can be given other ranks, and does not tell."""
 
