@@ -50,14 +50,16 @@ def through_configurations(rank, node, kind, folder):
     group = new_group(kind)
     averager = funcavg.periodic(period=1, group=group)
     weight = torch.nn.Parameter(torch.tensor(float(rank)))
-    stand_in, state, compiled = None, None, None
+    stand_in, state, compiled, kept = None, None, None, []
     for number, members in enumerate(MEMBERS):
         handle = None
         if number and rank in MEMBERS[number - 1]:
             handle = start_average(tree_of(rank), group)  # nothing is under way before wait()
-        before = weakref.ref(group._pg) if rank in members and getattr(group, "_pg", None) is not None else list
+        last = getattr(group, "_pg", None)
+        kept.append(last if kind == "Unnumbered" else None)  # so that it is another by identity only
+        last = weakref.ref(last) if kind == "Wrapper" and last is not None and rank in members else list
         configure(group, folder, number, members, rank)
-        assert not before(), "somebody keeps the connections of the last configuration"
+        assert not last(), "somebody keeps the connections of the last configuration"
         if rank in members:
             assert_mean(average(tree_of(rank), group) if handle is None else handle.wait(), members)
             stand_in = stand_in or funcavg.PeriodicModelAverager(1, process_group=group)

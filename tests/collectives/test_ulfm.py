@@ -199,7 +199,7 @@ def slow_survivor(comm):
     if comm.rank == 2:
         os.kill(os.getpid(), 9)
     if comm.rank == 1:
-        time.sleep(1.5)
+        time.sleep(4)
     begin = time.monotonic()
     with pytest.raises(PeerLostError, match=r"lost: rank 2 of the group|rank 2 on this host|given up"):
         average(tree, comm, timeout=20)
@@ -217,7 +217,8 @@ def slow_survivor(comm):
 @pytest.mark.parametrize("node", ["one", "off"])
 def test_a_survivor_that_is_slow(node):
     seen = mpi.run_mpi(3, slow_survivor, options=ULFM, dies=(2,), FUNCAVG_NODE=node)
-    assert all(took < 3 and again < 3 for took, again in seen[:2])
+    assert all(took < 2.5 for took, _ in seen[:2]), seen  # rank 0 does not wait for rank 1 to come
+    assert seen[1][1] < 3, seen
 
 
 def test_where_a_job_cannot_go_on(request):
