@@ -22,7 +22,7 @@ from funcavg.collectives import LAUNCHERS, launched_ranks
 
 __all__ = ["ABOUT", "HOW", "add_arguments", "run"]
 
-ABOUT = "Find out what works here: frameworks, backends, MPI, shared memory, averaging over each, going on after losses."
+ABOUT = "Find out what works here: frameworks, backends, MPI, shared memory, averaging over each; what survives a loss."
 HOW = """\
 Exit code 0: all that you asked for works; if you ask for nothing, all that is installed. Of "lost", the ways
 to go on after a worker was lost, one is enough. In a job (torchrun, mpiexec, srun) the job's own ranks are tried as
