@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 import funcavg
+from funcavg.cli import losses
 from funcavg.cli.environment import CliError, mpi_name
 from funcavg.collectives import as_collective
 from funcavg.collectives.gpu_aware import is_gpu_aware
@@ -194,6 +195,9 @@ CHECKS: dict[str, Callable[..., dict[str, Any]]] = {
     "mpi-ranks": _mpi_ranks,
     "memory": _memory,
     "open": _open,
+    "torchft": losses.torchft,
+    "ulfm": losses.ulfm,
+    "torchrun": losses.torchrun,
 }
 
 
@@ -209,6 +213,6 @@ def enter() -> NoReturn:
         kind = "" if isinstance(error, CliError) else f"{type(error).__name__}: "
         print(f"{kind}{str(error).strip() or 'no more is known'}", file=sys.stderr, flush=True)
         code = 1
-    if check in ("gloo", "nccl"):
+    if check in ("gloo", "nccl", "torchft"):  # torchft's group is one of torch's, with threads of its own
         os._exit(code)  # a rank whose peer has failed must not wait in torch's destructors
     sys.exit(code)

@@ -14,18 +14,19 @@ from collections.abc import Iterator, Sequence
 
 import funcavg
 from funcavg._errors import FuncavgError
-from funcavg.cli import checks
+from funcavg.cli import checks, losses
 from funcavg.cli.environment import CliError, choose_backend, cores, rank_of
 from funcavg.cli.jobs import agree, connect
-from funcavg.cli.trials import ABSENT, FAILED, NO, OK, SUBJECTS, TRIALS, Finding, attempt
+from funcavg.cli.trials import ABSENT, FAILED, NO, OK, SUBJECTS, TRIALS, Finding, attempt, judge
 from funcavg.collectives import LAUNCHERS, launched_ranks
 
 __all__ = ["ABOUT", "HOW", "add_arguments", "run"]
 
-ABOUT = "Find out what works on this machine: frameworks, backends, MPI, shared memory, and averaging over each."
+ABOUT = "Find out what works here: frameworks, backends, MPI, shared memory, averaging over each; what survives a loss."
 HOW = """\
-Exit code 0: all that you asked for works; if you ask for nothing, all that is installed. In a job (torchrun, mpiexec,
-srun) the job's own ranks are tried as well, they alone decide whether ranks share memory, and rank 0 reports.
+Exit code 0: all that you asked for works; if you ask for nothing, all that is installed. Of "lost", the ways
+to go on after a worker was lost, one is enough. In a job (torchrun, mpiexec, srun) the job's own ranks are tried as
+well, they alone decide whether ranks share memory, and rank 0 reports.
 """
 JOB = "this job"
 SETTINGS = (
@@ -127,9 +128,10 @@ def _try_all(whats: Sequence[str], timeout: float, job: Finding | None) -> Itera
         if trial.what not in whats and not meets:
             continue
         in_mpi = job is not None and job.what == "mpi" and job.state == OK
-        if in_mpi and trial.what == "mpi":  # it is running already, and cannot start jobs inside
-            if trial.check == "mpi":
-                yield Finding("mpi", trial.name, OK, checks.mpi_facts()["details"])
+        if in_mpi and trial.needs == "mpi4py":  # it is running already, and cannot start jobs inside
+            if trial.check != "mpi-ranks":
+                found = checks.mpi_facts() if trial.check == "mpi" else losses.this_mpi_job()
+                yield Finding(trial.what, trial.name, *judge(found))
             continue
         yield (finding := attempt(trial, timeout))
         said.append(finding.node)
@@ -155,11 +157,16 @@ def _print(finding: Finding) -> None:
 
 
 def _verdict(findings: Sequence[Finding], asked: Sequence[str]) -> tuple[int, str]:
-    """Return the exit code, and why."""
+    """Return the exit code, and why. Of the ways to go on after a loss, one is enough."""
     if asked:
-        bad = [finding.name for finding in findings if finding.what in asked and finding.state != OK]
+        bad = [finding for finding in findings if finding.what in asked and finding.state != OK]
     else:
-        bad = [finding.name for finding in findings if finding.state == FAILED]
+        bad = [finding for finding in findings if finding.state == FAILED]
+    able = [finding.name for finding in findings if finding.what == "lost" and finding.state == OK]
+    one_is_enough = "lost" in asked and bool(able)
+    names = [finding.name for finding in bad if not (one_is_enough and finding.what == "lost")]
     subject = "Of what was asked for" if asked else "Of what is installed"
-    verdict = f"this does not work: {'; '.join(bad)}" if bad else "all works"
-    return int(bool(bad)), f"{subject}, {verdict}."
+    works = "enough works" if one_is_enough else "all works"
+    verdict = f"this does not work: {'; '.join(names)}" if names else works
+    after = f" After a loss, jobs can go on with: {'; '.join(able)}." if one_is_enough else ""
+    return int(bool(names)), f"{subject}, {verdict}.{after}"

@@ -20,6 +20,7 @@ __all__ = [
     "choose_backend",
     "cores",
     "has",
+    "mpi_library",
     "mpi_name",
     "mpiexec",
     "need",
@@ -27,7 +28,12 @@ __all__ = [
     "unlaunched",
 ]
 
-LIBRARIES = {"torch": "pip install torch", "mpi4py": "pip install mpi4py mpich", "jax": "pip install jax"}
+LIBRARIES = {
+    "torch": "pip install torch",
+    "mpi4py": "pip install mpi4py mpich",
+    "jax": "pip install jax",
+    "torchft": "pip install torchft",
+}
 STARTED = "FUNCAVG_BENCH_RANKS"  # how many ranks a command has started, told to each: launchers need not tell
 # Asking for its version does not need a library to be initialised, which may hang on a misconfigured network.
 MPI_PROBE = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
@@ -135,8 +141,8 @@ def mpi_name(version: str) -> str:
     return " ".join(line.replace("Version:", "").replace("(R)", "").replace("MPI Library", "MPI").split())
 
 
-def mpiexec(environ: Mapping[str, str], timeout: float = 60.0) -> list[str]:
-    """Return the command that starts MPI jobs here: ``$MPIEXEC``, else the one beside Python, else that in PATH."""
+def mpi_library(environ: Mapping[str, str], timeout: float = 60.0) -> str:
+    """Return what mpi4py's MPI library says of itself. It is asked in another process, lest this one load it."""
     need("mpi4py", "an MPI job")
     command = [sys.executable, "-c", MPI_PROBE]
     try:
@@ -148,11 +154,17 @@ def mpiexec(environ: Mapping[str, str], timeout: float = 60.0) -> list[str]:
     if probe.returncode:
         reason = probe.stderr.strip().rpartition("\n")[2]
         raise CliError(f"mpi4py finds no MPI library ({reason}): pip install mpich, or load your site's")
+    return probe.stdout
+
+
+def mpiexec(environ: Mapping[str, str], timeout: float = 60.0) -> list[str]:
+    """Return the command that starts MPI jobs here: ``$MPIEXEC``, else the one beside Python, else that in PATH."""
+    library = mpi_library(environ, timeout)
     if "MPIEXEC" in environ:
         return shlex.split(environ["MPIEXEC"])
     beside = Path(sys.executable).with_name("mpiexec")
     found = str(beside) if beside.exists() else shutil.which("mpiexec")
     if not found:
-        raise CliError(f"{mpi_name(probe.stdout)} is there, but no mpiexec; MPIEXEC can say where it is")
+        raise CliError(f"{mpi_name(library)} is there, but no mpiexec; MPIEXEC can say where it is")
     few_cores = ["--oversubscribe", *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]
-    return [found, *(few_cores if "Open MPI" in probe.stdout else [])]
+    return [found, *(few_cores if "Open MPI" in library else [])]

@@ -6,19 +6,21 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import IO, NamedTuple
 
-from funcavg.cli.environment import LIBRARIES, CliError, has, mpiexec, unlaunched
+from funcavg.cli.environment import LIBRARIES, CliError, has, mpi_library, mpiexec, unlaunched
 
-__all__ = ["ABSENT", "FAILED", "NO", "OK", "SUBJECTS", "TRIALS", "Finding", "attempt"]
+__all__ = ["ABSENT", "FAILED", "NO", "OK", "SUBJECTS", "TRIALS", "Finding", "attempt", "judge"]
 
-SUBJECTS = ("threads", "torch", "nccl", "jax", "mpi", "node")
+SUBJECTS = ("threads", "torch", "nccl", "jax", "mpi", "lost", "node")
 OK, FAILED, ABSENT, NO = "ok", "failed", "absent", "no"
 LATE = "no end within {:g} s; --timeout gives it more"
 
@@ -30,7 +32,7 @@ class Trial(NamedTuple):
     name: str
     check: str  # one of `checks.CHECKS`
     needs: str = "numpy"  # library
-    start: str = "alone"  # or as two "ranks", or by "mpiexec"
+    start: str = "alone"  # or as two "ranks", or by "mpiexec", or so that they may be lost: "ulfm"
 
 
 TRIALS = [
@@ -42,6 +44,9 @@ TRIALS = [
     Trial("jax", "JAX, axis", "axis", "jax"),
     Trial("mpi", "mpi4py", "mpi", "mpi4py"),
     Trial("mpi", "MPI", "mpi-ranks", "mpi4py", "mpiexec"),
+    Trial("lost", "torchft", "torchft", "torchft"),
+    Trial("lost", "MPI, ULFM", "ulfm", "mpi4py", "ulfm"),
+    Trial("lost", "torchrun", "torchrun", "torch"),
     Trial("node", "shared memory", "memory"),
 ]
 
@@ -73,12 +78,28 @@ def attempt(trial: Trial, timeout: float) -> Finding:
                 commands = [[*command, str(rank), "2", folder] for rank in range(2)]
             elif trial.start == "mpiexec":
                 commands = [[*mpiexec(os.environ, timeout), "-n", "2", *command, "each", "2"]]
+            elif trial.start == "ulfm":
+                commands = [[*_ulfm(os.environ, timeout), *command]]
             found = _run(commands, environ, timeout)
-            state = ABSENT if "absent" in found else OK
-            details = found.get("absent") or found["details"]
+            state, details = judge(found)
         except (CliError, OSError) as error:
             details = str(error)
     return Finding(trial.what, trial.name, state, details, time.perf_counter() - start, found.get("node", ""))
+
+
+def judge(found: Mapping[str, str]) -> tuple[str, str]:
+    """Return the state that a check has found, and its words."""
+    state = next((state for state in (ABSENT, NO) if state in found), OK)
+    return state, found["details" if state == OK else state]
+
+
+def _ulfm(environ: Mapping[str, str], timeout: float) -> list[str]:
+    """Return what starts three ranks that survive a loss; nothing where none can: the check alone says why."""
+    if re.match(r"Open MPI v([5-9]|\d\d)", mpi_library(environ, timeout)):
+        launcher = mpiexec(environ, timeout)
+        if Path(launcher[0]).name != "srun":
+            return [*launcher, "--with-ft", "ulfm", "-n", "3"]
+    return []
 
 
 def _run(commands: Sequence[Sequence[str]], environ: dict[str, str], timeout: float) -> dict[str, str]:

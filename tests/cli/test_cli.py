@@ -84,7 +84,7 @@ def folder(tmp_path, monkeypatch):
         ("bench --leaves numpy --device cuda", "--device cuda is for torch leaves, not for --leaves numpy"),
         ("bench --backend mpi --device cuda", "--device cuda needs a job over torch.distributed: --backend torch, or"),
         ("bench --ranks 99 --device cuda", "--device cuda: 99 ranks need 99 GPUs, and torch finds "),
-        ("doctor everything", "nothing is called 'everything': threads, torch, nccl, jax, mpi, node"),
+        ("doctor everything", "nothing is called 'everything': threads, torch, nccl, jax, mpi, lost, node"),
         ("doctor --timeout 0", "--timeout must be 1 to 3600 seconds, got 0"),
         ("dance", "invalid choice: 'dance'"),
         ("", "the following arguments are required: bench | doctor | mean"),
@@ -666,11 +666,11 @@ def test_no_node_stage_and_why(capsys, monkeypatch):
     )
 
 
-@pytest.mark.parametrize(("asked", "code"), [(["torch"], 1), (["jax"], 1), (["mpi"], 1), (["threads"], 0)])
+@pytest.mark.parametrize(("asked", "code"), [("torch", 1), ("jax", 1), ("mpi", 1), ("lost", 1), ("threads", 0)])
 def test_what_is_not_installed_does_not_work(capsys, monkeypatch, asked, code):
-    for library in ("torch", "jax", "mpi4py"):
+    for library in ("torch", "jax", "mpi4py", "torchft"):
         monkeypatch.setitem(sys.modules, library, None)
-    assert main(["doctor", *asked]) == code
+    assert main(["doctor", asked]) == code
     assert ("absent  not installed: pip install" in capsys.readouterr().out) == bool(code)
 
 
@@ -694,6 +694,84 @@ def test_doctor_tries_mpi(size):
     assert re.search(rf"(?m)^{'this job' if size else 'MPI'} +ok .*2 ranks average 4 MB", done.stdout)
     assert re.search(r"(?m)^node stage +ok +rank 0 of 2 meets 1 other rank", done.stdout)
     assert done.stdout.endswith("\nOf what was asked for, all works.\n")
+
+
+ULFM = ("--with-ft", "ulfm")
+
+
+@pytest.fixture(scope="module")
+def lost():
+    """Return the rows of what goes on after a loss, with lines joined, and the exit code."""
+    done = command("doctor", "lost", "--timeout", "60")
+    assert done.stderr == ""
+    return re.sub(r"\n {24}", " ", done.stdout), done.returncode
+
+
+def test_going_on_with_torchft(lost):
+    if not environment.has("torchft"):
+        assert re.search(r"(?m)^torchft +absent +not installed: pip install torchft$", lost[0])
+        pytest.skip("torchft is not installed")
+    assert re.search(r"(?m)^torchft +ok +\d+\.\d\S*; averages over its ProcessGroupGloo follow its quorums \(", lost[0])
+
+
+def test_going_on_with_torchrun(lost):
+    skip_without("torch")
+    assert re.search(r"(?m)^torchrun +ok +restarts all workers after a loss \(--max-restarts\); they go", lost[0])
+    assert lost[1] == 0
+    assert re.search(r"(?m)^Of what was asked for, enough works. After a loss, jobs can .*torchrun\.$", lost[0])
+
+
+@pytest.mark.mpi
+def test_going_on_with_mpi(lost):
+    mpi.start(0, "-c", "").communicate()
+    library = environment.mpi_name(environment.mpi_library(os.environ))
+    if library.startswith("Open MPI v5"):
+        says = f"ok +{library}: 2 ranks go on without a third that was killed, after [\\d.]+ s .mpiexec --with-ft ulfm"
+    else:
+        says = f"no +{re.escape(library)} ends a job of which a rank dies; .*Open MPI"
+    assert re.search(rf"(?m)^MPI, ULFM +{says}", lost[0])
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("options", [(), ULFM])
+def test_going_on_with_the_mpi_job_that_doctor_is_in(options):
+    mpi.start(0, "-c", "").communicate()
+    is_open_mpi = "Open MPI" in environment.mpi_library(os.environ)
+    if options and not is_open_mpi:
+        pytest.skip("the launcher has no such options")
+    job = mpi.start(2, "-m", "funcavg", "doctor", "lost", "--timeout", "60", options=options)
+    output = re.sub(r"\n {24}", " ", job.communicate(timeout=60)[0])
+    says = f"ends a job of which a rank dies; {'it goes on where it has ULFM' if is_open_mpi else 'Open MPI can'}"
+    says = "this job goes on without a rank that dies" if options else says
+    assert re.search(rf"(?m)^MPI, ULFM +{'ok' if options else 'no'} .*{says}", output)
+
+
+def test_ranks_that_cannot_be_lost(monkeypatch):
+    """Releases and launchers without ULFM are not given its options, which they would refuse."""
+    for library, launcher, options in (
+        ("Open MPI v5.0.11, package", "mpiexec", ["-n", "3"]),
+        ("Open MPI v4.1.6, package", "mpiexec", []),
+        ("Open MPI v5.0.11, package", "/usr/bin/srun", []),
+        ("MPICH Version: 5.0.2", "mpiexec", []),
+    ):
+        monkeypatch.setattr(trials, "mpi_library", lambda *_, library=library: library)
+        monkeypatch.setattr(trials, "mpiexec", lambda *_, launcher=launcher: [launcher])
+        assert trials._ulfm({}, 1.0) == ([launcher, *ULFM, *options] if options else [])
+
+
+def test_a_torchft_that_cannot_be_imported(monkeypatch, tmp_path, capsys):
+    (tmp_path / "torchft").mkdir()
+    (tmp_path / "torchft" / "__init__.py").write_text(
+        "import sys; print('much to say' * 1000, file=sys.stderr); raise ImportError('built for another torch')"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, [tmp_path, ROOT])))
+    monkeypatch.delitem(sys.modules, "torchft", raising=False)
+    broken, *_ = (trial for trial in trials.TRIALS if trial.name == "torchft")
+    monkeypatch.setattr(doctor, "TRIALS", [broken])
+    for asked in (["lost"], []):
+        assert main(["doctor", *asked, "--timeout", "60"]) == 1
+        assert re.search(r"(?m)^torchft +failed +ImportError: built for another torch \(", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
@@ -803,6 +881,16 @@ def test_verdicts():
     assert doctor._verdict(found, []) == (1, "Of what is installed, this does not work: MPI.")
     assert doctor._verdict(found, ["jax"]) == (1, "Of what was asked for, this does not work: JAX.")
     assert doctor._verdict(found[1:], []) == (0, "Of what is installed, all works.")
+    lost = [
+        trials.Finding("lost", name, state, "")
+        for name, state in (("torchft", trials.ABSENT), ("MPI, ULFM", trials.NO), ("torchrun", trials.OK))
+    ]
+    able = "After a loss, jobs can go on with: torchrun."
+    assert doctor._verdict(lost, []) == (0, "Of what is installed, all works.")
+    assert doctor._verdict(lost, ["lost"]) == (0, f"Of what was asked for, enough works. {able}")
+    bad = "Of what was asked for, this does not work:"
+    assert doctor._verdict(found + lost, ["lost", "mpi"]) == (1, f"{bad} MPI. {able}")
+    assert doctor._verdict(lost[:2], ["lost"]) == (1, f"{bad} torchft; MPI, ULFM.")
 
 
 def test_everyone_who_asks_is_told_how(capsys):
