@@ -41,7 +41,8 @@ def _control_variable(path: str, name: str) -> bool:
     level, index, count = (ctypes.c_int(0) for _ in range(3))
     handle, value = ctypes.c_void_p(), (ctypes.c_char * 8)()  # a bool of C's, or an int
     try:
-        if mpi.MPI_T_init_thread(0, ctypes.byref(level)) != 0:
+        # With less than MPI_THREAD_MULTIPLE (3 in Open MPI) it would lower the level that the program has asked for.
+        if mpi.MPI_T_init_thread(3, ctypes.byref(level)) != 0:
             return False
         try:
             known = mpi.MPI_T_cvar_get_index(name.encode(), ctypes.byref(index)) == 0

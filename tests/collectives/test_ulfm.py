@@ -240,6 +240,22 @@ def lose_a_deadline(comm):
     return str(caught.value)
 
 
+def asked(comm):
+    from mpi4py import MPI
+
+    from funcavg.collectives.mpi import _fault_tolerant
+
+    before = MPI.Query_thread()
+    _fault_tolerant()
+    return before, MPI.Query_thread()
+
+
+def test_asking_does_not_lower_the_level_of_threads():
+    """Open MPI would, if asked at a lower one, and `start_average` then lose its thread."""
+    ((before, after),) = mpi.run_mpi(1, asked)
+    assert before == after
+
+
 def test_advice():
     assert "comm.Revoke(), then comm.Shrink()" in advice_for("Open MPI v5.0.11", fault_tolerant=True)
     assert "Intel(R) MPI ends a job" in advice_for("Intel(R) MPI Library 2021.14", fault_tolerant=False)
