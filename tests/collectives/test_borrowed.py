@@ -1,6 +1,5 @@
 """Groups that are configured anew, in every way: the mean is always that of the ranks of now."""
 
-import contextlib
 import os
 import threading
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.frameworks import dist, jax, torch
-from helpers.processes import run_processes
+from helpers.processes import descriptors, run_processes
 
 import funcavg
 from funcavg import PeerLostError, _points, average, start_average
@@ -286,14 +285,8 @@ def sockets_of(rank, folder):
         configure(group, folder, number, (0, 1), rank)
         average(tree_of(rank), group, timeout=20)
         dist.barrier()
-        seen.append(sum("socket" in link for link in links_of_descriptors()))
+        seen.append(sum("socket" in link for link in descriptors()))
     return seen[-1] - seen[2]
-
-
-def links_of_descriptors():
-    for entry in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):  # that of this very listing is gone
-            yield str(entry.readlink())
 
 
 def test_the_connections_of_the_last_configuration_are_closed(tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import mpi
 from helpers.frameworks import dist, skip_without, torch
-from helpers.processes import run_processes
+from helpers.processes import descriptors, run_processes, shared_memory
 
 from funcavg import PeerLostError, _points, average, broadcast
 from funcavg._engine.session import session_of
@@ -73,14 +73,8 @@ def act(action):
 def left_behind():
     """Return what a spent group may not leave: descriptors and mappings of shared memory, and descriptors of peers."""
     gc.collect()
-    links = []
-    for entry in Path("/proc/self/fd").iterdir():
-        try:
-            links.append(str(entry.readlink()))
-        except OSError:
-            continue
-    kept = [link for link in links if "funcavg" in link or "pidfd" in link]
-    return kept + [line for line in Path("/proc/self/maps").read_text().splitlines() if "funcavg" in line]
+    kept = [link for link in descriptors() if "funcavg" in link or "pidfd" in link]
+    return kept + shared_memory()
 
 
 def one_scenario(group, point, last, action, victim, timeout, method="average"):

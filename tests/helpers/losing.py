@@ -11,8 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +19,7 @@ import numpy as np
 import funcavg
 from funcavg import PeerLostError, _points
 from funcavg.collectives import Solo
+from helpers.processes import descriptors, shared_memory
 
 ONCE = ["created", "published", "attached"]  # per group, and only where there is a node
 PER_BUCKET = ["copied_in", "arrived", "reduced", "copied_out"]
@@ -170,14 +170,25 @@ def no_more() -> Any:
 def left_behind(groups: int = 2) -> list[str]:
     """Return what is there of more than two groups of three ranks, or should not be: memory, and descriptors."""
     gc.collect()
-    links = []
-    for entry in Path("/proc/self/fd").iterdir():
-        try:
-            links.append(str(entry.readlink()))
-        except OSError:
-            continue
-    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if "funcavg" in line]
-    pidfds = [link for link in links if "pidfd" in link]
     over_mpi: Any = sys.modules.get("funcavg.collectives.mpi")
     leaked = ["a request of MPI's"] if over_mpi is not None and over_mpi._LEAKED else []
-    return [*leaked, *maps[3 * groups :], *pidfds[2 * groups :], *(link for link in links if "funcavg" in link)]
+    links = descriptors()
+    pidfds = [link for link in links if "pidfd" in link]
+    return [
+        *leaked,
+        *shared_memory()[3 * groups :],
+        *pidfds[2 * groups :],
+        *(link for link in links if "funcavg" in link),
+    ]
+
+
+def assert_all_went_on(case: Case, seen: Sequence[Seen | None]) -> float:
+    """Check what all ranks of a case have seen; return the seconds until the call that was lost had ended, at most."""
+    assert [rank for rank, found in enumerate(seen) if found is None] == [case.victim], "it was not killed"
+    survivors = [found for found in seen if found is not None]
+    for found in survivors:
+        assert found.differ == [], case
+        assert found.left == [], ("left behind", case)
+        assert len(found.seconds) <= 1
+        assert all(seconds < 5 for seconds in found.seconds), (case, found)  # whose deadline is 20 s
+    return max(second for found in survivors for second in [0.0, *found.seconds])
