@@ -1,6 +1,8 @@
 """Groups that are configured anew, in every way: the mean is always that of the ranks of now."""
 
 import os
+import signal
+import subprocess
 import threading
 import time
 import weakref
@@ -181,6 +183,41 @@ def in_two_configurations(rank, node, kind, folder):
 @pytest.mark.parametrize("kind", KINDS)
 def test_ranks_in_two_configurations(tmp_path, kind, node):
     assert run_processes(3, in_two_configurations, node, kind, str(tmp_path)) == [True] * 3
+
+
+def stopped_and_awake(rank, node, kind, folder):
+    """A rank that everybody takes for dead speaks again, when the others have gone on without it."""
+    os.environ["FUNCAVG_NODE"] = node
+    group = new_group(kind)
+    configure(group, folder, 0, (0, 1, 2), rank)
+    average(tree_of(rank), group, timeout=20)
+    dist.barrier()
+
+    def stop(where, number=0):
+        if rank == 2 and where == "arrived" and number == 1:
+            subprocess.Popen(["sh", "-c", f"sleep 2.5; kill -CONT {os.getpid()}"])
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    _points.reached = stop
+    with pytest.raises(PeerLostError):
+        average(tree_of(rank), group, timeout=1)
+    _points.reached = lambda where, number=0: None
+    if rank != 2:
+        group.configure(Path(folder, "1"), rank, 2, 1)
+        until, going = time.monotonic() + 3, True
+        while going:
+            assert_mean(average(tree_of(rank), group, timeout=20), (0, 1))
+            going = average(float(time.monotonic() < until), group, timeout=20) == 1  # for both, or for none
+    dist.barrier()
+    configure(group, folder, 2, (0, 1, 2), rank)  # it may join again
+    assert_mean(average(tree_of(rank), group, timeout=20), (0, 1, 2))
+    return True
+
+
+@pytest.mark.parametrize("node", NODES)
+@pytest.mark.parametrize("kind", ["Wrapper", "Silent"])
+def test_a_rank_that_was_stopped_and_speaks_again(tmp_path, kind, node):
+    assert run_processes(3, stopped_and_awake, node, kind, str(tmp_path)) == [True] * 3
 
 
 def not_connected(rank, folder):
