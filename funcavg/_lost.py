@@ -53,7 +53,7 @@ def furthest(step: int, group: Any = None, *, intact: bool = True, timeout: Time
     Raises:
         FuncavgError: If no rank is intact, so that a checkpoint has to be loaded (not a PeerLostError, lest a loop
             that goes on after one tries for ever); or if some ranks have called another function. On every rank alike.
-        TypeError: If ``step`` is no integer. On this rank.
+        TypeError: If ``step`` is no integer, or ``intact`` no bool. On this rank.
         ValueError: If ``step`` is negative or too large, or ``timeout`` not positive. On this rank.
         PeerLostError: If a rank dies or does not come in time. On the ranks that wait for it.
 
@@ -74,13 +74,15 @@ def furthest(step: int, group: Any = None, *, intact: bool = True, timeout: Time
     """
     options = Options(timeout=timeout).checked("furthest")
     number = integer("furthest: the step", step)
+    if not isinstance(intact, bool):
+        raise TypeError(f"furthest: intact must be True or False, got {intact!r} of type {type(intact).__name__}")
     if not 0 <= number < 1 << 63:
         raise ValueError(f"furthest: the step must be at least 0 and below 2**63, got {number}")
     collective = as_collective(group)
     if collective is None:
         return None
     with session_of(collective).entered("furthest"):
-        payloads = gather(_SAID.pack(number, bool(intact)), collective, options, "furthest")
+        payloads = gather(_SAID.pack(number, intact), collective, options, "furthest")
     said: list[tuple[int, bool]] = [_SAID.unpack(payload) for payload in payloads]
     if said == [(said[0][0], True)] * len(said):
         return None

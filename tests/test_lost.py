@@ -147,6 +147,81 @@ def test_forget_while_a_call_is_under_way():
     funcavg.forget(Solo())
 
 
+def forget_again_and_again(rank):
+    """One rank is always ahead: the other may not yet have seen that it has come to the last meeting."""
+    from funcavg import _points
+
+    os.environ["FUNCAVG_NODE"] = "one"
+    _points.reached = lambda where, number=0: time.sleep(0.01) if (rank, where) == (0, "reduced") else None
+    for _ in range(25):
+        assert (average(np.full(3000, float(rank)), timeout=10) == 0.5).all()
+        funcavg.forget()
+    return True
+
+
+def test_forget_is_no_meeting():
+    assert run_processes(2, forget_again_and_again) == [True] * 2
+
+
+def forget_in_a_fork(rank):
+    average(float(rank), timeout=20)
+    if (pid := os.fork()) == 0:
+        try:
+            funcavg.forget()
+        except RuntimeError as error:
+            os._exit(7 if "forked" in str(error) else 1)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    return average(float(rank), timeout=20)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_forget_in_a_fork():
+    assert run_processes(2, forget_in_a_fork) == [0.5] * 2
+
+
+def one_has_returned(comm):
+    """Of the call that is lost, one rank returns and the other raises; both forget."""
+    from funcavg import _points
+
+    tree = {"w": np.full(400_000, float(comm.rank))}
+    average(tree, comm, timeout=20)
+
+    def interrupt(where, number=0):
+        if comm.rank == 0 and where == "copied_out":
+            raise KeyboardInterrupt
+
+    _points.reached = interrupt
+    try:
+        average(tree, comm, timeout=3)
+        returned = True
+    except (KeyboardInterrupt, PeerLostError):
+        returned = False
+    _points.reached = lambda where, number=0: None
+    comm.Barrier()
+    for _ in range(2):
+        funcavg.forget(comm)
+        assert (average(tree, comm, timeout=5)["w"] == 0.5).all()
+    return returned
+
+
+@pytest.mark.mpi
+def test_forget_where_one_has_returned():
+    assert mpi.run_mpi(2, one_has_returned, FUNCAVG_NODE="one")[0] is False
+
+
+class Named(Threads):
+    """A user's transport, whose attributes are called as hooks of ours, and which compares as an array."""
+
+    end, confirm, renew = 0.5, None, "new"
+    configuration = np.zeros(2)
+
+
+def test_a_transport_with_other_ideas_of_names():
+    meeting = Meeting(2)
+    assert run_ranks(2, lambda group: average(float(group.rank), Named(group.rank, meeting))) == [0.5, 0.5]
+
+
 class Changing(Threads):
     """A user's transport that comes to join other ranks."""
 

@@ -13,7 +13,7 @@ from funcavg._engine.device_slots import DEVICE_BUCKET
 from funcavg._engine.digests import digests_of, ranks_that_differ
 from funcavg._engine.lanes import Cargo, DeviceLane, Lane
 from funcavg._engine.node_lane import NodeLane, NodeSlots
-from funcavg._engine.session import Session, session_of
+from funcavg._engine.session import Session, nothing_is_late, session_of
 from funcavg._errors import PeerLostError
 from funcavg._trees import Layout, Options, Request
 from funcavg.collectives.base import Collective
@@ -136,9 +136,9 @@ def _spending(session: Session, collective: Collective, purpose: str) -> Iterato
     try:
         yield
     except BaseException as error:
-        session.spend(error, late_writes=not getattr(collective, "stops_on_error", False))
-        if hasattr(collective, "abort"):
-            collective.abort()
+        kept = session.spend(error, late_writes=not getattr(collective, "stops_on_error", False))
+        if hasattr(collective, "abort") and collective.abort() is True:  # MPI's has seen all transfers end
+            nothing_is_late(kept)
         if isinstance(error, PeerLostError):
             cure = "The group is spent: make a new one, and start from one rank's parameters or a checkpoint."
             words = [f"{purpose}:", str(error), cure, getattr(collective, "advice", "")]

@@ -21,12 +21,13 @@ from funcavg._engine.buckets import Slots, bucket_bytes, host_memory
 from funcavg._engine.device_slots import DeviceSlots
 from funcavg._errors import PeerLostError
 from funcavg.collectives.base import Collective
+from funcavg.collectives.rows import Renewable
 
 if TYPE_CHECKING:
     from funcavg._engine.node_lane import Crossing
     from funcavg.collectives.node import Node
 
-__all__ = ["Session", "same_configuration", "session_of"]
+__all__ = ["Session", "nothing_is_late", "same_configuration", "session_of"]
 
 PLANS = 8  # remembered per collective
 T = TypeVar("T")
@@ -45,22 +46,22 @@ class Session:
         self._node: Node | None = None
         self._begin_anew()
 
-    def _begin_anew(self) -> None:
-        """Forget everything: what was remembered is of other ranks."""
+    def _begin_anew(self, *, poison: bool = True) -> None:
+        """Forget everything: what was remembered is of other ranks. ``poison``: let those of a node hear of it."""
         collective = self._collective()
         assert collective is not None
         self.configuration = _configuration(collective)
         self._size = collective.size
         self.bucket_bytes = bucket_bytes(collective.size)
-        self._drop()
+        self._drop(poison=poison)
         self._looked_for_node = collective.size == 1
         self._spent = None
 
-    def _drop(self) -> None:
+    def _drop(self, *, poison: bool) -> None:
         self._slots, self._plans = {}, OrderedDict[Hashable, Any]()
         node, self._node = self._node, None
         if node is not None:
-            node.close()
+            node.close(poison=poison)
 
     @contextmanager
     def entered(self, what: str) -> Iterator[None]:
@@ -73,11 +74,7 @@ class Session:
 
     def enter(self, what: str) -> None:
         """Begin a call."""
-        if self._pid != os.getpid() and self._size > 1:
-            raise RuntimeError(
-                f"{what}: this process was forked from the one that the group belongs to ({self._pid}), and has no "
-                f"part in it. Average where the group was made."
-            )
+        self._refuse_in_a_fork(what)
         if not self._lock.acquire(blocking=False):
             if self._spent is not None:
                 raise self._spent_error(what)
@@ -92,6 +89,13 @@ class Session:
             raise
         self._busy_with = what
 
+    def _refuse_in_a_fork(self, what: str) -> None:
+        if self._pid != os.getpid() and self._size > 1:
+            raise RuntimeError(
+                f"{what}: this process was forked from the one that the group belongs to ({self._pid}), and has no "
+                f"part in it. Average where the group was made."
+            )
+
     def leave(self) -> None:
         """End a call."""
         self.pause()
@@ -100,12 +104,13 @@ class Session:
     def resume(self, what: str) -> None:
         """Take the collective as it is configured now."""
         collective: Any = self._collective()
-        if hasattr(collective, "begin"):
+        renewable = isinstance(collective, Renewable)
+        if renewable:
             collective.begin()
         try:
-            if _configuration(collective) != self.configuration:
+            if not _are_equal(_configuration(collective), self.configuration):
                 self._begin_anew()
-            if self._spent is not None and not getattr(collective, "tells_nothing", False):
+            if self._spent is not None and not (renewable and collective.tells_nothing):
                 raise self._spent_error(what)
         except BaseException:
             self.pause()
@@ -114,30 +119,31 @@ class Session:
     def pause(self) -> None:
         """Let the collective be configured anew."""
         collective: Any = self._collective()
-        if hasattr(collective, "end"):
+        if isinstance(collective, Renewable):
             collective.end()
 
     def confirm(self, timeout: float) -> TypeError | None:
         """Make sure that all ranks have the same configuration, if this one cannot tell; see `BorrowedCollective`."""
         collective: Any = self._collective()
-        if not hasattr(collective, "confirm"):
+        if not isinstance(collective, Renewable):
             return None
-        refusal: TypeError | None = collective.confirm(timeout)
-        if _configuration(collective) != self.configuration:
+        refusal = collective.confirm(timeout)
+        if not _are_equal(_configuration(collective), self.configuration):
             self._begin_anew()
         return refusal
 
     def forget(self, group: Any) -> None:
         """Begin anew, on all ranks alike."""
         collective: Any = self._collective()
+        self._refuse_in_a_fork("forget")
         if not self._lock.acquire(blocking=False):
             raise RuntimeError(
                 f"forget: {self._busy_with} is still under way on this group. Wait for its handle first."
             )
         try:
-            if hasattr(collective, "renew"):
+            if isinstance(collective, Renewable):
                 collective.renew(group)
-            self._begin_anew()
+            self._begin_anew(poison=False)  # others may be about to read that this rank has come to the last meeting
         finally:
             self._lock.release()
 
@@ -147,16 +153,19 @@ class Session:
             f"from one rank's parameters or a checkpoint."
         )
 
-    def spend(self, error: BaseException, *, late_writes: bool) -> None:
+    def spend(self, error: BaseException, *, late_writes: bool) -> Any:
         """Declare the group unusable: ranks may no longer agree about where in a call they are.
 
-        ``late_writes``: whether a transfer that has failed may still write to the memory of buckets.
+        ``late_writes``: whether a transfer that has failed may still write to the memory of buckets. Returns what is
+        kept for it, for `nothing_is_late`.
         """
         words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         self._spent = f"{'was interrupted by a signal' if _was_signal(error) else 'failed'} ({words})"
+        slots = self._slots
         if late_writes:
-            _GRAVEYARD.append(self._slots)
-        self._drop()
+            _GRAVEYARD.append(slots)
+        self._drop(poison=True)
+        return slots
 
     def node(self, collective: Any, timeout: float) -> Node | None:
         """Return the ranks of this host that share memory; look for them at the first call, together with all ranks."""
@@ -212,6 +221,14 @@ def _configuration(collective: Any) -> tuple[Any, ...]:
     return collective.rank, collective.size, getattr(collective, "configuration", None)
 
 
+def _are_equal(one: Any, other: Any) -> bool:
+    """Say whether configurations are equal; a user's may be of a type that does not say, and is new then."""
+    try:
+        return bool(one == other)
+    except Exception:
+        return False
+
+
 def same_configuration(before: Any, session: Session) -> Any:
     """Return a session's configuration; raise if it is not that of before: None, or that of a forward pass.
 
@@ -244,6 +261,13 @@ def _code_of(handler: Any) -> Any:
 
 
 _GRAVEYARD: list[Any] = []
+
+
+def nothing_is_late(slots: Any) -> None:
+    """Free what was kept for transfers that have all ended after all."""
+    _GRAVEYARD[:] = [kept for kept in _GRAVEYARD if kept is not slots]
+
+
 _SESSIONS: dict[int, Session] = {}  # by id: a user's transport need not be hashable
 _GUARD = threading.Lock()
 

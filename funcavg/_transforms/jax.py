@@ -75,7 +75,7 @@ def average(call: Call) -> Any:
     place = _Place(flat, request.only, options, tuple(request.layout.averaged), later, collective)
     leaves = [jax.numpy.asarray(leaf) for leaf in request.leaves]
     operand = jax.lax.stop_gradient(jax.numpy.asarray(weight if later else 0.0, float))
-    return request.rebuild(_primitive().bind(*leaves, operand, call=place, adjoint=False))
+    return request.rebuild(_primitive().bind(*leaves, operand, call=place, adjoint=False, derived=False))
 
 
 def _mistake(request: Request, weight: Any) -> TypeError | None:
@@ -99,8 +99,19 @@ class _Place:
     collective: Collective
     over: dict[str, Any] = field(default_factory=dict)  # the configuration that it last ran "forward" over
 
-    def run(self, leaves: Sequence[Any], weight: Any, *, adjoint: bool, out: Sequence[Any] | None = None) -> list[Any]:
-        """Average NumPy arrays now, into ``out`` if given; ``weight`` counts where the program computes it."""
+    def run(
+        self,
+        leaves: Sequence[Any],
+        weight: Any,
+        *,
+        adjoint: bool,
+        derived: bool,
+        out: Sequence[Any] | None = None,
+    ) -> list[Any]:
+        """Average NumPy arrays now, into ``out`` if given; ``weight`` counts where the program computes it.
+
+        ``derived``: they are tangents or cotangents, and not what was averaged in the first place.
+        """
         everything = list(self.flat.leaves)
         for i, leaf in zip(self.positions, leaves, strict=True):
             everything[i] = leaf
@@ -111,11 +122,11 @@ class _Place:
         request = make_request(flat, options, only=self.only, wrapped=True)
         session = session_of(self.collective)
         with session.entered("average"):
-            before = self.over.get("forward") if adjoint else None
+            before = self.over.get("forward") if derived else None
             same_configuration(before, session)
             agreement = reach_agreement(request, self.collective)
             now = same_configuration(before, session)  # which ranks may just have found to be new
-            if not adjoint:
+            if not derived:
                 self.over["forward"] = now
             weights = agreement.weights
             if adjoint:
@@ -142,9 +153,9 @@ def _primitive() -> Any:
     primitive: Any = core.Primitive("funcavg_average")
     primitive.multiple_results = True
 
-    def implementation(*operands: Any, call: _Place, adjoint: bool) -> list[Any]:
+    def implementation(*operands: Any, call: _Place, **kind: Any) -> list[Any]:
         *leaves, weight = (np.asarray(operand) for operand in operands)
-        return [jax.numpy.asarray(mean) for mean in call.run(leaves, weight, adjoint=adjoint)]
+        return [jax.numpy.asarray(mean) for mean in call.run(leaves, weight, **kind)]
 
     def abstract(*avals: Any, **_: Any) -> Any:
         return list(avals[:-1]), {effect}
@@ -153,11 +164,11 @@ def _primitive() -> Any:
         *rows, weight = primals
         means = primitive.bind(*rows, weight, **params)
         given = [ad.instantiate_zeros(tangent) for tangent in tangents[:-1]]
-        return means, primitive.bind(*given, weight, **params)
+        return means, primitive.bind(*given, weight, **params | {"derived": True})
 
-    def transpose(cotangents: Any, *operands: Any, call: _Place, adjoint: bool) -> Any:
+    def transpose(cotangents: Any, *operands: Any, call: _Place, adjoint: bool, **_: Any) -> Any:
         given = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
-        means = primitive.bind(*given, operands[-1], call=call, adjoint=not adjoint)
+        means = primitive.bind(*given, operands[-1], call=call, adjoint=not adjoint, derived=True)
         linear = [ad.is_undefined_primal(operand) for operand in operands[:-1]]
         return [mean if it_is else None for mean, it_is in zip(means, linear, strict=True)] + [None]
 
@@ -171,9 +182,9 @@ def _primitive() -> Any:
         ]
         return primitive.bind(*rows, **params), [None if axis is None else 0 for axis in axes[:-1]]
 
-    def lower(ctx: Any, *operands: Any, call: _Place, adjoint: bool) -> Any:
+    def lower(ctx: Any, *operands: Any, call: _Place, **kind: Any) -> Any:
         def run(leaves: Sequence[Any], weight: Any, out: Sequence[Any] | None) -> Sequence[Any]:
-            return call.run(leaves, weight, adjoint=adjoint, out=out)
+            return call.run(leaves, weight, **kind, out=out)
 
         return emit(ctx, operands, run)
 

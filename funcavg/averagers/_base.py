@@ -178,8 +178,8 @@ def failing_everywhere(group: Any, options: Options, *, others_wait: Any) -> Ite
     try:
         yield
     except Exception as mistake:
-        if not _is_tracer(others_wait) and others_wait and takes_part(group) and not _is_local(group):
-            with contextlib.suppress(Exception):  # the same mistake, in other words
+        if not _is_tracer(others_wait) and others_wait and not _is_local(group):
+            with contextlib.suppress(Exception):  # the same mistake, in other words; or a group that is not connected
                 report_mistake(mistake, group, options)
         raise
 

@@ -16,14 +16,15 @@ __all__ = ["block_of"]
 def block_of(group: Any, size: int) -> Any:
     """Return the group of ``size`` consecutive ranks of ``group`` that this rank is one of. Collective."""
     group = default_group() if group is None else group
-    collective = as_collective(group)
-    if collective is None:
-        return group
-    if hasattr(collective, "confirm"):
+    dist: Any = sys.modules.get("torch.distributed")
+    if dist is not None and isinstance(group, dist.ProcessGroup) and type(group) is not dist.ProcessGroup:
         raise TypeError(
             f"hierarchical: group is a {type(group).__name__}, whose ranks may be others at any time: numbers of them "
             f"make no lasting groups. Map periods to groups instead."
         )
+    collective = as_collective(group)
+    if collective is None:
+        return group
     if isinstance(size, bool) or size < 1 or collective.size % size:
         raise ValueError(
             f"hierarchical: a block must hold a number of ranks that divides the {collective.size} ranks of its group, "

@@ -5,9 +5,10 @@ others. A call takes the group that moves the bytes, below whatever wraps it, on
 been remembered of a *configuration* must not outlive it:
 
 - Where another group moves the bytes than in the last call, or a wrapper counts another quorum, everything begins anew.
-- A group that is no wrapper tells nothing. There each call begins with a message to every rank, over the group's own
-  transfers, of what this rank and the others have drawn together when they last began anew: the *token*. Where tokens
-  differ, all begin anew, in that call. So a rank that has come into the place of another is not taken for it.
+- Where it is no group of torch's own that moves the bytes, nothing tells. There each call begins with a message to
+  every rank, over the group's own transfers, of what this rank and the others have drawn together when they last began
+  anew: the *token*. Where tokens differ, all begin anew, in that call. So a rank that has come into the place of another
+  is not taken for it.
 
 All begin anew with a meeting, which also sees whether the group can be served at all::
 
@@ -21,6 +22,8 @@ import hashlib
 import os
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,7 +32,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from funcavg._errors import PeerLostError
+from funcavg._errors import FuncavgError, PeerLostError
 from funcavg.collectives.base import Pending
 from funcavg.collectives.rows import Ways
 from funcavg.collectives.tagged import SPECIAL, TaggedRows, close_connections
@@ -86,8 +89,7 @@ class BorrowedCollective(TaggedRows):
 
     def look(self) -> None:
         """See how the group is configured now, unless a call is under way."""
-        if self._taken is None:
-            self._see()
+        self._see(unless_taken=True)
 
     def begin(self) -> None:
         """Take what moves the bytes, for one call."""
@@ -97,7 +99,9 @@ class BorrowedCollective(TaggedRows):
         """Let it go."""
         self._taken = None
 
-    def _see(self) -> Any:
+    def _see(self, *, unless_taken: bool = False) -> Any:
+        if unless_taken and self._taken is not None:
+            return self._taken
         group = self._group()
         try:
             if group is not None:
@@ -108,11 +112,17 @@ class BorrowedCollective(TaggedRows):
         if found is None:
             raise self._unconnected()
         with self._guard:
-            rank, size = found.mover.rank(), found.mover.size()
+            if unless_taken and self._taken is not None:  # meanwhile
+                return self._taken
+            try:
+                rank, size = found.mover.rank(), found.mover.size()
+            except Exception as error:
+                raise self._unconnected(error) from error
             as_before = self._mover() is found.mover and self._quorums == found.quorums
             if not as_before or (rank, size) != (self.rank, self.size):
                 self._refuse_what_cannot_be_served(found.mover, rank, size)
                 self._mover, self._quorums = weakref.ref(found.mover), found.quorums
+                self.tells_nothing = type(found.mover) is not dist.ProcessGroup  # which never changes its ranks
                 self.rank, self.size, self.default_timeout = rank, size, found.timeout
                 self.renew(group)
         return found.mover
@@ -129,11 +139,6 @@ class BorrowedCollective(TaggedRows):
         self.configuration += 1
         self._met, self._token = False, b""
         self.renumber()
-
-    @property
-    def tells_nothing(self) -> bool:
-        """Whether a new configuration cannot be seen: the group is no wrapper of what moves its bytes."""
-        return not self._quorums
 
     def _moved_on(self) -> None:
         """Raise if the group that the call has taken is not the user's any more."""
@@ -207,7 +212,9 @@ class BorrowedCollective(TaggedRows):
         theirs = [(np.full((self.size, len(said)), 0xFF, np.uint8), tag) for said, tag in messages]
         send = [(peer, said, tag) for said, tag in ours for peer in peers]
         receive = [(peer, said[peer], tag) for said, tag in reversed(theirs) for peer in peers]
-        self._waiting(self.start_tagged(self._taken, send, receive, timeout))()
+        with self._translated():
+            wait = self._waiting(self.start_tagged(self._taken, send, receive, timeout))
+        wait()
         for (mine, _), (said, _) in zip(ours, theirs, strict=True):
             said[self.rank] = mine
         return [[row.tobytes() for row in said] for said, _ in theirs]
@@ -216,15 +223,31 @@ class BorrowedCollective(TaggedRows):
 
     def transfer(self, send: Ways, receive: Ways, timeout: float, *, channel: bool = False) -> Pending:
         """Start sends and receives."""
-        if self.tells_nothing and self._taken.size() != self.size:
-            raise PeerLostError(f"{self.me()}: this {self._kind} has {self._taken.size()} ranks now, in a call.")
-        return self._waiting(self.start(self._taken, send, receive, timeout, channel=channel))
+        with self._translated():
+            if self.tells_nothing and self._taken.size() != self.size:
+                raise PeerLostError(f"{self.me()}: this {self._kind} has {self._taken.size()} ranks now, in a call.")
+            return self._waiting(self.start(self._taken, send, receive, timeout, channel=channel))
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Turn whatever a group of another's raises into PeerLostError: it may be gone in the middle of a call."""
+        try:
+            yield
+        except FuncavgError:
+            raise
+        except Exception as error:
+            raise PeerLostError(f"{self.me()}: this {self._kind} raised {type(error).__name__}: {error}.") from error
 
     def _waiting(self, finish: Pending) -> Pending:
         """Return what waits: in the caller's thread, or where Gloo moves the bytes, seeing whether it still may."""
         if self.stops_on_error:
             return partial(self._waiter.run, finish, self.abort, watch=self._moved_on)
-        return finish
+
+        def wait() -> None:
+            with self._translated():
+                finish()
+
+        return wait
 
     @property
     def stops_on_error(self) -> bool:

@@ -22,7 +22,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -32,13 +32,13 @@ from funcavg._device import current_stream
 from funcavg._errors import PeerLostError
 from funcavg.collectives.base import Pending
 from funcavg.collectives.gpu_aware import is_gpu_aware
-from funcavg.collectives.rows import Patience, Rows, Ways
+from funcavg.collectives.rows import Patience, Renewable, Rows, Ways
 from funcavg.collectives.surviving import advice_for, is_fault_tolerant
 
 __all__ = ["MPICollective", "MPIDeviceVerbs", "collective_of"]
 
 _LEAKED: list[Any] = []
-ENDING = 1.0  # seconds that requests may take to end when their communicator has been revoked
+ENDING = 0.3  # seconds that requests may take to end when their communicator has been revoked
 
 
 def collective_of(comm: MPI.Comm) -> MPICollective | None:
@@ -94,7 +94,7 @@ def _free_with_its_communicator(_comm: Any, _keyval: int, collective: MPICollect
     collective.free()
 
 
-class MPICollective(Rows):
+class MPICollective(Renewable, Rows):
     """One rank of a communicator."""
 
     def __init__(self, comm: MPI.Comm) -> None:
@@ -102,6 +102,8 @@ class MPICollective(Rows):
         self.bytes_sent = 0
         self._alone_in_mpi = _thread_level() < MPI.THREAD_MULTIPLE
         self._users: MPI.Comm | None = comm
+        self._watched: Any = MPI.Intracomm(comm) if _fault_tolerant() else None  # another handle of the user's
+        self._made: Any = None  # a duplicate that ranks have not yet met on
         self._comm: Any = None
         self._revoked: Any = None  # what `_comm` was before a loss
         self._under_way: dict[int, Any] = {}  # requests and their buffers, by number
@@ -116,11 +118,6 @@ class MPICollective(Rows):
     def advice(self) -> str:  # type: ignore[override]
         """What to do when a rank is lost."""
         return advice_for(MPI.Get_library_version(), fault_tolerant=_fault_tolerant())
-
-    @property
-    def stops_on_error(self) -> bool:
-        """Whether `abort` ends all transfers: where it can revoke the duplicate."""
-        return _fault_tolerant()
 
     @property
     def in_callers_thread(self) -> bool:
@@ -140,6 +137,7 @@ class MPICollective(Rows):
             with self._translate_errors():
                 duplicate, request = self._users.Idup()
             self._finish(self._keep([request], duplicate), [], timeout, everyone)
+            self._made = duplicate
             duplicate.Set_errhandler(MPI.ERRORS_RETURN)
             # Ranks may see different environments, and must take the same way.
             aware = np.array([is_gpu_aware(_memory_kinds(self._users), os.environ)], np.int8)
@@ -147,7 +145,7 @@ class MPICollective(Rows):
                 request = duplicate.Iallreduce(MPI.IN_PLACE, [aware, MPI.SIGNED_CHAR], MPI.MIN)
             self._finish(self._keep([request], aware), [], timeout, everyone)
             self._gpu_aware = bool(aware[0])
-            self._comm, self._users = duplicate, None
+            self._comm, self._users, self._made = duplicate, None, None
         return self._comm
 
     def free(self) -> None:
@@ -155,28 +153,46 @@ class MPICollective(Rows):
         if self._under_way:  # it was a mistake to free it now, of which the call under way will tell
             self.abort()
         ours = [comm for comm in (self._comm, self._revoked) if comm is not None]
-        self._comm, self._users, self._revoked = None, None, None
+        self._comm, self._users, self._revoked, self._watched = None, None, None, None
         if not self._freed_by_finalize:
             for comm in ours:
                 comm.Free()
 
-    def abort(self) -> None:
-        """Give up the duplicate for good. Where MPI survives lost ranks, nobody waits in vain for this one."""
-        comm, under_way = self._comm, self._under_way
-        self._comm, self._users, self._under_way = None, None, {}
-        if comm is not None and _fault_tolerant():
-            comm.Revoke()
+    def abort(self) -> bool:
+        """Give up the duplicate for good; say whether all transfers have ended.
+
+        Where MPI survives lost ranks, nobody waits in vain for this one.
+        """
+        comm, under_way = self._comm or self._made, self._under_way
+        self._comm, self._users, self._made, self._under_way = None, None, None, {}
+        if comm is not None and _fault_tolerant() and not MPI.Is_finalized():
+            with suppress(MPI.Exception):
+                comm.Revoke()
             # To be freed when his is: one that is gone would leave others' sends to it unanswered.
             self._revoked = comm
             if _all_end([request for requests, *_ in under_way.values() for request in requests]):
-                return
+                return True
         if comm is not None or under_way:
             _LEAKED.append((comm, under_way))
+        return False
 
     def renew(self, comm: MPI.Comm) -> None:
-        """After an error, duplicate the communicator anew at the next call, which all ranks make."""
-        if self._comm is None:
-            self._users = comm
+        """Duplicate the communicator anew at the next call. The old duplicate stays: freeing it is collective, too."""
+        if self._comm is not None:
+            _LEAKED.append(self._comm)
+        self._comm, self._users = None, comm
+
+    def begin(self) -> None:
+        """Raise if the user has revoked his communicator."""
+        if self._watched is not None and self._watched.Is_revoked():
+            raise PeerLostError(
+                f"average: rank {self.rank} of {self.size}: this communicator has been revoked. {self.advice}"
+            )
+
+    def _hear_of_revocation(self) -> None:
+        """While this rank waits, another may have given up, and have revoked the user's communicator."""
+        if self._watched is not None and self._watched.Is_revoked():
+            raise PeerLostError(f"rank {self.rank} of {self.size}: another rank has revoked the communicator.")
 
     @contextmanager
     def _translate_errors(self) -> Iterator[None]:
@@ -190,8 +206,13 @@ class MPICollective(Rows):
 
     def _lost(self) -> str:
         """Say whom MPI knows to be lost: MPI_Testall only says that something is wrong."""
-        comm = self._comm or self._users
-        ranks = [] if comm is None else comm.Get_failed().Translate_ranks(group=comm.Get_group())
+        comm, ranks = self._comm or self._users, list[int]()
+        with suppress(MPI.Exception):
+            if comm is not None:
+                failed, everyone = comm.Get_failed(), comm.Get_group()
+                ranks = failed.Translate_ranks(group=everyone)
+                failed.Free()
+                everyone.Free()
         if not ranks:
             return " (another rank has given up)"
         return f" (lost: rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} of the group)"
@@ -214,6 +235,7 @@ class MPICollective(Rows):
                     break
                 if not patience.pause():
                     continue
+                self._hear_of_revocation()
                 if _fault_tolerant():
                     for request in requests:  # MPI_Testall says nothing of one that has failed until all have ended
                         request.Test()
@@ -230,6 +252,7 @@ class MPICollective(Rows):
         if self._comm is not None:
             with self._translate_errors():
                 self._comm.Iprobe()
+                self._hear_of_revocation()
 
     def transfer(self, send: Ways, receive: Ways, timeout: float, *, channel: bool = False) -> Pending:
         """Start sends and receives. MPI keeps messages between two ranks in order, those of each tag apart."""

@@ -146,11 +146,12 @@ class Node:
     def _me(self) -> str:
         return f"rank {self._rank} of {self._group_size}"
 
-    def close(self) -> None:
-        """Let nobody wait for this rank, and never use the memory again."""
+    def close(self, *, poison: bool = True) -> None:
+        """Let nobody wait for this rank, and never use the memory again. Without ``poison``, others need not hear."""
         if os.getpid() == self._pid:  # in a forked child it is not even there
             self._closed = True
-            self._word[0] = POISON
+            if poison:
+                self._word[0] = POISON
             self._let_go()
 
 

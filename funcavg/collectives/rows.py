@@ -80,6 +80,25 @@ class Rows:
         return self.transfer([(p, mine) for p in peers], [(p, buffer[p]) for p in reversed(peers)], timeout)
 
 
+class Renewable:
+    """A transport of funcavg's own that can begin anew. Its hooks are looked for by this class, not by their names."""
+
+    tells_nothing = False  # whether it may have come to join other ranks and does not know
+
+    def begin(self) -> None:
+        """Take the ranks as they are now, for one call; raise PeerLostError if that cannot be."""
+
+    def end(self) -> None:
+        """The call is over."""
+
+    def confirm(self, timeout: float) -> TypeError | None:
+        """Make sure that all ranks are in one configuration; return what all are to raise."""
+        return None
+
+    def renew(self, group: Any) -> None:
+        """Begin anew at the next call, which all ranks make. One of the call before may not be over on other ranks."""
+
+
 class Channel(Rows):
     """Some ranks of a group: what joins one rank of every node. The group's transport counts what is sent."""
 

@@ -14,7 +14,7 @@ import torch
 
 from funcavg._compile import outside
 from funcavg.collectives.connecting import translate_errors
-from funcavg.collectives.rows import Rows, Ways
+from funcavg.collectives.rows import Renewable, Rows, Ways
 
 __all__ = ["SPECIAL", "TaggedRows", "close_connections"]
 
@@ -37,7 +37,7 @@ def close_connections(gloo: Any, peers: Sequence[int]) -> None:
         gloo.abort()
 
 
-class TaggedRows(Rows):
+class TaggedRows(Renewable, Rows):
     """One rank that starts transfers on a process group, and numbers them."""
 
     def __init__(self) -> None:

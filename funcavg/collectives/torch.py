@@ -109,6 +109,7 @@ class TorchCollective(TaggedRows):
         # A weak reference: the cache is keyed by the group, and must not keep it alive.
         self._group, self._store = weakref.ref(group), store
         self._gloo: Any = None
+        self._old: Any = None  # what it was before `renew`
         self._given_up = threading.Event()
         self.connected_on_device = False
         self.waiter = Waiter()
@@ -139,8 +140,8 @@ class TorchCollective(TaggedRows):
                 nccl.abort()
 
     def renew(self, _: Any) -> None:
-        """Connect anew at the next call, which all ranks make."""
-        self.abort()
+        """Connect anew at the next call, which all ranks make. Only then is nobody reading from the old connections."""
+        self._old, self._gloo = self._gloo, None
         self.renumber()
         self._given_up = threading.Event()
 
@@ -156,7 +157,7 @@ class TorchCollective(TaggedRows):
             raise PeerLostError(f"{self.me()} has given up.")
         if self._gloo is None:
             meet = partial(connect, self._store, self.rank, self.size, timeout, self._given_up)
-            self._gloo = self.waiter.run(meet, self.abort, linger=LINGER)
+            self._gloo, self._old = self.waiter.run(meet, self.abort, linger=LINGER), None
         return self._gloo
 
     def device_verbs(self, device_type: str) -> DeviceVerbs | None:

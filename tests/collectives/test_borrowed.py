@@ -19,7 +19,8 @@ from funcavg.collectives import as_collective
 
 NODES = ["one", "off"]
 MEMBERS = [(0,), (0, 1), (0, 1, 2), (2, 1, 0), (0, 2), (2, 0), (0, 1), (1, 2), (2,), (1, 0, 2)]
-KINDS = ["Wrapper", "Unnumbered", "Silent"]
+KINDS = ["Wrapper", "Silent"]
+MORE_KINDS = [*KINDS, "Unnumbered", "Outer"]
 
 
 def new_group(kind):
@@ -56,7 +57,7 @@ def through_configurations(rank, node, kind, folder):
         handle = None
         if number and rank in MEMBERS[number - 1]:
             handle = start_average(tree_of(rank), group)  # nothing is under way before wait()
-        last = getattr(group, "_pg", None)
+        last = getattr(group, "_pg", None) if kind != "Outer" else None
         kept.append(last if kind == "Unnumbered" else None)  # so that it is another by identity only
         last = weakref.ref(last) if kind == "Wrapper" and last is not None and rank in members else list
         configure(group, folder, number, members, rank)
@@ -89,7 +90,7 @@ def through_configurations(rank, node, kind, folder):
 
 @pytest.mark.filterwarnings("ignore:a period of 1")
 @pytest.mark.parametrize("node", NODES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MORE_KINDS)
 def test_a_group_that_is_configured_anew(tmp_path, kind, node):
     assert run_processes(3, through_configurations, node, kind, str(tmp_path), timeout=110) == [True] * 3
 
@@ -114,7 +115,7 @@ def after_an_error(rank, node, kind, folder):
         average(tree_of(rank), group, timeout=3)
     took = time.monotonic() - begin
     _points.reached = lambda where, number=0: None
-    if kind != "Silent":
+    if kind in ("Wrapper", "Unnumbered"):
         assert took < 2, "whoever waits for a rank that has failed must hear of it"
         with pytest.raises(PeerLostError, match="this group is spent"):
             average(1.0, group)
@@ -218,6 +219,89 @@ def stopped_and_awake(rank, node, kind, folder):
 @pytest.mark.parametrize("kind", ["Wrapper", "Silent"])
 def test_a_rank_that_was_stopped_and_speaks_again(tmp_path, kind, node):
     assert run_processes(3, stopped_and_awake, node, kind, str(tmp_path)) == [True] * 3
+
+
+def in_pairs(rank, node, kind, folder):
+    """Two pairs of ranks change partners: everybody's rank and size stay what they are."""
+    os.environ["FUNCAVG_NODE"] = node
+    group, seen = new_group(kind), []
+    for number, pairs in enumerate([((0, 1), (2, 3)), ((0, 3), (2, 1)), ((0, 1), (2, 3))]):
+        members = next(pair for pair in pairs if rank in pair)
+        group.configure(Path(folder, f"{number}{members[0]}"), members.index(rank), 2, number)
+        dist.barrier()
+        for _ in range(2):
+            assert_mean(average(tree_of(rank), group, timeout=20), members)
+        seen.append(members)
+        dist.barrier()
+    return len(seen)
+
+
+@pytest.mark.parametrize("kind", MORE_KINDS)
+def test_partners_that_change(tmp_path, kind):
+    assert run_processes(4, in_pairs, "one", kind, str(tmp_path)) == [3] * 4
+
+
+def gone_in_a_call(rank, folder):
+    """A group of one's own loses what moves its bytes."""
+    group = new_group("Silent")
+    configure(group, folder, 0, (0, 1), rank)
+    average(tree_of(rank), group, timeout=20)
+
+    def lose(where, number=0):
+        if where == "copied_in" and rank == 0:
+            group.now = None
+
+    os.environ["FUNCAVG_NODE"] = "off"
+    funcavg.forget(group)
+    _points.reached = lose
+    with pytest.raises(PeerLostError):
+        average(tree_of(rank), group, timeout=3)
+    _points.reached = lambda where, number=0: None
+    with pytest.raises(PeerLostError):
+        average(tree_of(rank), group, timeout=3)
+    configure(group, folder, 1, (1, 0), rank)
+    return average(float(rank), group, timeout=20)
+
+
+def test_a_group_that_is_gone_in_a_call(tmp_path):
+    assert run_processes(2, gone_in_a_call, str(tmp_path)) == [0.5, 0.5]
+
+
+def mistake_without_connection(rank, folder):
+    """The mistake is raised, not that the group is not connected."""
+    group = new_group("Wrapper")
+    configure(group, folder, 0, (0, 1), rank)
+    averager = funcavg.periodic(period=1, group=group)
+    state = averager.init({"w": np.ones(3)})
+    group._pg = None
+    with pytest.raises(ValueError, match="another tree than init"):
+        averager.update({"v": np.ones(3)}, state)
+    with pytest.raises(TypeError, match="whose ranks may be others at any time"):
+        funcavg.hierarchical({2: 1, 4: 2}, group=group)
+    return True
+
+
+def test_a_mistake_while_the_group_is_not_connected(tmp_path):
+    assert run_processes(2, mistake_without_connection, str(tmp_path)) == [True] * 2
+
+
+def tangents(rank, folder):
+    """The linear function that JAX has made is of other ranks than those of now."""
+    group = new_group("Wrapper")
+    configure(group, folder, 0, (0, 1, 2), rank)
+    _, pushforward = jax.linearize(lambda x: average(x, group) * x, jax.numpy.full(3, float(rank)))
+    configure(group, folder, 1, (0, 1), rank)
+    if rank < 2:
+        with pytest.raises(Exception, match="has been configured anew since"):
+            pushforward(jax.numpy.ones(3))
+    dist.barrier()
+    return True
+
+
+def test_tangents_in_another_configuration(tmp_path):
+    if not jax:
+        pytest.skip("no jax")
+    assert run_processes(3, tangents, str(tmp_path)) == [True] * 3
 
 
 def not_connected(rank, folder):

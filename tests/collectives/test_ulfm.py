@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -209,6 +210,85 @@ def test_a_survivor_that_is_slow(node):
     seen = mpi.run_mpi(3, slow_survivor, options=ULFM, dies=(2,), FUNCAVG_NODE=node)
     assert all(took < 2.5 for took, _ in seen[:2]), seen  # rank 0 does not wait for rank 1 to come
     assert seen[1][1] < 3, seen
+
+
+def revoked_by_the_user(comm):
+    """One waits in a call; the other revokes the communicator, and shrinks it."""
+    average(1.0, comm, timeout=20)
+    begin = time.monotonic()
+    if comm.rank == 1:
+        with pytest.raises(PeerLostError, match="revoked"):
+            average(1.0, comm, timeout=20)
+        with pytest.raises(PeerLostError):
+            average(1.0, comm, timeout=20)
+    else:
+        time.sleep(0.5)
+        comm.Revoke()
+        with pytest.raises(PeerLostError, match="this communicator has been revoked"):
+            average(1.0, comm, timeout=20)
+    left = comm.Shrink()
+    assert average(float(comm.rank), left, timeout=20) == 0.5
+    return time.monotonic() - begin
+
+
+@pytest.mark.usefixtures("ulfm")
+@pytest.mark.parametrize("node", ["one", "off"])
+def test_the_user_revokes(node):
+    assert max(mpi.run_mpi(2, revoked_by_the_user, options=ULFM, FUNCAVG_NODE=node)) < 5
+
+
+def slow_to_connect(comm):
+    """A rank gives up while the duplicate is being made."""
+    from funcavg.collectives import mpi as over_mpi
+
+    asked = over_mpi.is_gpu_aware
+    if comm.rank == 2:
+        over_mpi.is_gpu_aware = lambda *args: (time.sleep(4), asked(*args))[1]
+    begin = time.monotonic()
+    with pytest.raises(PeerLostError):
+        average(1.0, comm, timeout=1 if comm.rank == 0 else 30)
+    if comm.rank == 0:
+        comm.Revoke()
+    left = comm.Shrink()
+    assert average(float(comm.rank), left, timeout=20) == 1.0
+    return time.monotonic() - begin
+
+
+@pytest.mark.usefixtures("ulfm")
+def test_a_rank_gives_up_while_ranks_connect():
+    assert max(mpi.run_mpi(3, slow_to_connect, options=ULFM)) < 15
+
+
+def stopped_sender(comm):
+    """What a stopped rank reads when it wakes is not what the survivor's memory holds by then."""
+    tree = {"w": np.full(1_000_000, np.float32(comm.rank))}
+    average(tree, comm, timeout=20)
+
+    def reached(where, number=0):
+        if where == "reduced" and number == 0:
+            if comm.rank == 0:
+                time.sleep(2)
+            if comm.rank == 1:
+                subprocess.Popen(["sh", "-c", f"sleep 4; kill -CONT {os.getpid()}"])
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if comm.rank == 2:
+                time.sleep(1)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    _points.reached = reached
+    x = {"w": np.full(1_000_000, np.float32(comm.rank))}
+    try:
+        seen = set(average(x, comm, donate=True, timeout=20)["w"].tolist())
+    except PeerLostError:
+        seen = {1.0}
+    x["w"][:] = -1  # as a checkpoint that is loaded
+    time.sleep(4 if comm.rank == 0 else 0)
+    return seen
+
+
+@pytest.mark.usefixtures("ulfm")
+def test_a_stopped_rank_does_not_read_memory_that_is_used_again():
+    assert mpi.run_mpi(3, stopped_sender, options=ULFM, dies=(2,), FUNCAVG_NODE="off")[:2] == [{1.0}] * 2
 
 
 def test_where_a_job_cannot_go_on(request):
