@@ -6,9 +6,9 @@ been remembered of a *configuration* must not outlive it:
 
 - Where another group moves the bytes than in the last call, or a wrapper counts another quorum, everything begins anew.
 - Where it is no group of torch's own that moves the bytes, nothing tells. There each call begins with a message to
-  every rank, over the group's own transfers, of what this rank and the others have drawn together when they last began
-  anew: the *token*. Where tokens differ, all begin anew, in that call. So a rank that has come into the place of another
-  is not taken for it.
+  every rank, over the group's own transfers, of what this rank and the others have drawn together when they last
+  began anew: the *token*. Where tokens differ, all begin anew, in that call. So a rank that has come into the place of
+  another is not taken for it.
 
 All begin anew with a meeting, which also sees whether the group can be served at all::
 
