@@ -78,19 +78,18 @@ class ULFM(Engine):
     def synchronise(self, before: Tree, trained: Tree) -> Tree:
         """Average; after a loss, again among those that are left."""
         while True:
-            result, all_have_it = None, True
+            result = None
             try:
                 result = self.mean(trained)
             except PeerLostError as error:
                 lost(self, error)
                 self.group.Revoke()  # whoever still waits for us hears of it
-            if trained["step"] >= self.args.steps:  # nobody may leave while another has to average again
-                all_have_it = self.all_agree(result is not None)
-            if result is not None and all_have_it:
+            # In every round, lest one leave at the end while another has to average again.
+            if self.all_agree(result is not None):
                 return result
             self.group = self.group.Shrink()
             self.is_first = self.group.rank == 0
-            # Some may have had the mean, and have gone on: all take what the furthest has, unless all are at one step.
+            # Some may have had the mean, and others not: all take it then.
             trained = trained if result is None else result
             root = furthest(trained["step"] + (result is not None), self.group)
             if root is not None:
