@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -36,22 +37,37 @@ Tree = dict[str, Any]  # {"params": ..., "step": so many steps have been taken a
 WORKERS = 3
 
 
+@dataclass
+class Report:
+    """What is told of a loss when there is a mean again."""
+
+    since: float = 0.0  # when the loss was noticed, or, under torchrun, when there was the last mean
+    loss: float = math.nan  # of the last mean
+    words: str = ""  # who was lost; empty where nobody was
+
+
 class Engine:
-    """What differs between engines: the group, and what follows a loss. This one cannot go on."""
+    """What differs between engines: the group, and what follows a loss."""
 
     group: Any = None
     worker = 0  # its number stays the same, whatever its rank in the group becomes
     is_first = True  # of those that are left: it prints
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
+        self.args, self.report = args, Report()
+
+    def lose(self, error: PeerLostError) -> None:
+        """Note that somebody was lost, until there is a mean again."""
+        if not self.report.words:
+            self.report.words, self.report.since = f"{error}".partition(". ")[0], time.time()
+            say(f"worker {self.worker}: {self.report.words}")
 
     def resume(self, state: Tree) -> Tree:
         """Return what to begin with."""
         return state
 
-    def synchronise(self, before: Tree, trained: Tree) -> Tree:
-        """Return the mean of what the workers have trained since ``before``."""
+    def synchronise(self, trained: Tree) -> Tree:
+        """Return the mean of what the workers have trained."""
         raise NotImplementedError
 
     def keep(self, state: Tree) -> None:
@@ -75,25 +91,24 @@ class ULFM(Engine):
         self.group, self.worker = MPI.COMM_WORLD, MPI.COMM_WORLD.rank
         self.is_first = self.worker == 0
 
-    def synchronise(self, before: Tree, trained: Tree) -> Tree:
+    def synchronise(self, trained: Tree) -> Tree:
         """Average; after a loss, again among those that are left."""
+        has_mean, shrunk = False, False
         while True:
-            result = None
             try:
-                result = self.mean(trained)
+                # Of a round that was lost, some may have had the mean, and others not: all take it then.
+                if shrunk and (root := furthest(trained["step"] + has_mean, self.group)) is not None:
+                    trained = broadcast(trained, self.group, root=root)
+                trained, has_mean, all_is_well = self.mean(trained), True, True
             except PeerLostError as error:
-                lost(self, error)
+                all_is_well = False
+                self.lose(error)
                 self.group.Revoke()  # whoever still waits for us hears of it
             # In every round, lest one leave at the end while another has to average again.
-            if self.all_agree(result is not None):
-                return result
-            self.group = self.group.Shrink()
+            if self.all_agree(all_is_well):
+                return trained
+            self.group, shrunk = self.group.Shrink(), True
             self.is_first = self.group.rank == 0
-            # Some may have had the mean, and others not: all take it then.
-            trained = trained if result is None else result
-            root = furthest(trained["step"] + (result is not None), self.group)
-            if root is not None:
-                trained = broadcast(trained, self.group, root=root)
 
     def all_agree(self, have_it: bool) -> bool:
         """Ask all that are left, who get the same answer, also where another dies meanwhile."""
@@ -145,18 +160,19 @@ class TorchFT(Engine):
         self.state = state
         return state
 
-    def synchronise(self, before: Tree, trained: Tree) -> Tree:
+    def synchronise(self, trained: Tree) -> Tree:
         """Average among the quorum; where somebody is lost, among the next one."""
+        self.healed = False
         while True:
-            self.healed = False
             self.manager.start_quorum()
             self.is_first = self.manager.participating_rank() == 0
             if self.healed:  # what this replica has trained was from parameters that are out of date
                 trained = {**self.state, "step": self.state["step"] + self.args.period}
             try:
-                result = self.mean(trained, weight=float(not self.healed))
+                # One that was healed counts for nothing, unless no other is left.
+                result = self.mean(trained, weight=1e-9 if self.healed else 1.0)
             except PeerLostError as error:
-                lost(self, error)
+                self.lose(error)
                 self.manager.report_error(error)  # else the next quorum would not configure the group anew
             if self.manager.should_commit():
                 self.state = result
@@ -178,42 +194,35 @@ class Torchrun(Engine):
         store = dist.PrefixStore(f"restart{self.restarts}", store)
         dist.init_process_group("gloo", store=store, rank=self.worker, world_size=size)
         if self.restarts:
-            args.kill = (-1, 0)  # once is enough
+            args.kill = None  # once is enough
 
     def resume(self, state: Tree) -> Tree:
         """Take rank 0's checkpoint, if there is one."""
         path = self.args.checkpoint
-        if self.worker == 0 and path.exists() and self.restarts:
-            found = torch.load(path, weights_only=True)
-            LAST.update(found.pop("last"), words=f"torchrun has started all again from step {found['step']}")
-            state = found
+        if self.worker == 0 and not self.restarts:
+            path.unlink(missing_ok=True)  # another job's
+        if self.worker == 0 and path.exists():
+            state = torch.load(path, weights_only=True)
+            self.report = Report(*state.pop("report"), f"torchrun has started all again from step {state['step']}")
         return broadcast(state)
 
-    def synchronise(self, before: Tree, trained: Tree) -> Tree:
+    def synchronise(self, trained: Tree) -> Tree:
         """Average. A loss ends this worker, and torchrun the others."""
         try:
             return self.mean(trained)
         except PeerLostError as error:
-            lost(self, error)
+            self.lose(error)
             sys.exit(1)
 
     def keep(self, state: Tree) -> None:
         """Write a checkpoint, whole or not at all."""
         if self.worker == 0:
             draft = self.args.checkpoint.with_suffix(".draft")
-            torch.save({**state, "last": {"time": LAST["time"], "loss": LAST["loss"]}}, draft)
+            torch.save({**state, "report": (self.report.since, self.report.loss)}, draft)
             draft.replace(self.args.checkpoint)
 
 
 ENGINES = {"ulfm": ULFM, "torchft": TorchFT, "torchrun": Torchrun}
-LAST: Tree = {"time": 0.0, "loss": math.nan, "words": ""}  # of the last mean; and what has been lost since
-
-
-def lost(engine: Engine, error: PeerLostError) -> None:
-    """Note that somebody was lost, until there is a mean again."""
-    if not LAST["words"]:
-        LAST.update(words=f"{error}".partition(". ")[0], time=time.time())
-        say(f"worker {engine.worker}: {LAST['words']}")
 
 
 def train(engine: Engine, args: argparse.Namespace) -> None:
@@ -230,19 +239,19 @@ def train(engine: Engine, args: argparse.Namespace) -> None:
             batch = sample(text, args.batch, seed=args.seed, rank=engine.worker, step=local)
             grads, _ = grad_and_value(loss_fn)(trained["params"], batch)
             trained = sgd(trained, grads, args.rate * (1 - local / (args.steps + args.period)))
-        state = engine.synchronise(state, {"params": trained, "step": step + args.period})
-        seconds, before = time.time() - LAST["time"], LAST["loss"]
+        state = engine.synchronise({"params": trained, "step": step + args.period})
+        last, now = engine.report, time.time()
         with torch.no_grad():
-            LAST["loss"] = loss_fn(state["params"]["params"], valid).item()
+            loss = loss_fn(state["params"]["params"], valid).item()
         if engine.is_first:
-            if LAST["words"]:
-                say(f"lost: {LAST['words']}")
-                say(f"next mean after {seconds:.2f} s; loss before {before:.3f}, after {LAST['loss']:.3f}")
-            say(f"step {state['step']:4}  loss {LAST['loss']:.3f}")
-        LAST.update(words="", time=time.time())
+            if last.words:
+                say(f"lost: {last.words}")
+                say(f"next mean after {now - last.since:.2f} s; loss before {last.loss:.3f}, after {loss:.3f}")
+            say(f"step {state['step']:4}  loss {loss:.3f}")
+        engine.report = Report(now, loss)
         engine.keep(state)
     if engine.is_first:
-        say(f"done: {state['step']} steps, loss {LAST['loss']:.3f}")
+        say(f"done: {state['step']} steps, loss {engine.report.loss:.3f}")
     sys.stdout.flush()
     os._exit(0)  # libraries that have lost a peer may wait for it when they are taken down
 
@@ -263,13 +272,15 @@ def start_replicas() -> int:
         command = [sys.executable, *sys.argv, "--replica", str(worker), *more]
         return subprocess.Popen(command, env=environ)  # noqa: S603  # this very program
 
-    replicas, again = [start(worker) for worker in range(WORKERS)], False
-    while not any(replica.poll() == 0 for replica in replicas):
+    replicas, restarted = [start(worker) for worker in range(WORKERS)], False
+    while 0 not in (codes := [replica.poll() for replica in replicas]):
+        dead = [worker for worker, code in enumerate(codes) if code]
+        if dead and not restarted:
+            restarted, replicas[dead[0]] = True, start(dead[0], "--kill", "never")
+            say(f"worker {dead[0]} is started again")
+        elif len(dead) == WORKERS:
+            sys.exit("all replicas have failed: see what they have said")
         time.sleep(0.05)
-        for worker, replica in enumerate(replicas):
-            if replica.poll() is not None and replica.returncode and not again:
-                again, replicas[worker] = True, start(worker, "--kill", "never")
-                say(f"worker {worker} is started again")
     for replica in replicas:  # all end at the same step, but for one that comes too late to join
         with contextlib.suppress(subprocess.TimeoutExpired):
             replica.wait(5)
@@ -294,10 +305,10 @@ def parse_arguments() -> argparse.Namespace:
     worker, at, step = args.kill.partition("@")
     if args.kill != "never" and not (at and worker.isdigit() and step.isdigit()):
         parser.error(f"--kill must be WORKER@STEP, such as 1@64, got {args.kill}")
-    args.kill = (-1, 0) if args.kill == "never" else (int(worker), int(step))
+    args.kill = None if args.kill == "never" else (int(worker), int(step))
     if args.steps < 1 or args.period < 1:
         parser.error(f"--steps and --period must be at least 1, got {args.steps} and {args.period}")
-    if args.kill[1] % args.period:
+    if args.kill and args.kill[1] % args.period:
         parser.error(f"--kill: workers average at multiples of {args.period} steps, got {args.kill[1]}")
     return args
 

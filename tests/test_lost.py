@@ -58,6 +58,22 @@ def test_bad_steps(step, error, words):
         furthest(step, Solo())
 
 
+@pytest.mark.parametrize("wrong", [{"step": -1}, {"step": "3"}, {"step": 3, "intact": 1}])
+def test_a_mistake_of_one_rank(wrong):
+    """The others do not take it for one more loss."""
+
+    def fn(group):
+        if group.rank == 1:
+            with pytest.raises((TypeError, ValueError)):
+                furthest(group=group, **wrong)
+        else:
+            with pytest.raises(ValueError, match="furthest: rank 1 has passed a step that is no integer"):
+                furthest(3, group)
+        return furthest(3, group)
+
+    assert run_ranks(3, fn) == [None] * 3
+
+
 def test_alone():
     assert furthest(3, Solo()) is None
     assert furthest(np.int64(3), Solo()) is None

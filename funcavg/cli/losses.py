@@ -34,7 +34,9 @@ def torchft() -> dict[str, str]:
         raise CliError(f"a wrong mean over one replica: {mean} must be 3")
     names = importlib.metadata.packages_distributions().get("torchft")  # it may be torchft-nightly
     version = importlib.metadata.version(names[0]) if names else "of unknown version"
-    return {"details": f"{version}; averages over its ProcessGroupGloo follow its quorums"}
+    return {
+        "details": f"{version}; a ProcessGroupGloo of one replica is configured, and averages (no lighthouse was tried)"
+    }
 
 
 def torchrun() -> dict[str, str]:
@@ -46,17 +48,19 @@ def torchrun() -> dict[str, str]:
         return {"absent": f"torch {torch.__version__} is built without torch.distributed"}
     import torch.distributed.run
 
-    return {"details": "restarts all workers after a loss (--max-restarts); they go on from a checkpoint"}
+    return {
+        "details": "is installed; restarts all workers after a loss (--max-restarts), which go on from a checkpoint"
+    }
 
 
 def this_mpi_job() -> dict[str, str]:
     """Say whether the MPI job that this process is in goes on when a rank dies. Initialises MPI."""
     from mpi4py import MPI
 
-    from funcavg.collectives.mpi import _fault_tolerant
+    from funcavg.collectives.mpi import survives_losses
 
     library = mpi_name(MPI.Get_library_version())
-    if _fault_tolerant():
+    if survives_losses():
         return {"details": f"{library}: this job goes on without a rank that dies"}
     other = "Open MPI can go on"
     if library.startswith("Open MPI"):

@@ -130,7 +130,7 @@ class BorrowedCollective(TaggedRows):
     def _unconnected(self, error: Exception | None = None) -> PeerLostError:
         why = f" ({type(error).__name__}: {error})" if error is not None else ""
         return PeerLostError(
-            f"average: this {self._kind} is connected to nobody now{why}: it is being configured, could not be, or has "
+            f"this {self._kind} is connected to nobody now{why}: it is being configured, could not be, or has "
             f"been shut down. With torchft, call manager.wait_quorum() first, and manager.report_error(error) now."
         )
 

@@ -35,7 +35,7 @@ from funcavg.collectives.gpu_aware import is_gpu_aware
 from funcavg.collectives.rows import Patience, Renewable, Rows, Ways
 from funcavg.collectives.surviving import advice_for, is_fault_tolerant
 
-__all__ = ["MPICollective", "MPIDeviceVerbs", "collective_of"]
+__all__ = ["MPICollective", "MPIDeviceVerbs", "collective_of", "survives_losses"]
 
 _LEAKED: list[Any] = []
 ENDING = 0.3  # seconds that requests may take to end when their communicator has been revoked
@@ -102,7 +102,7 @@ class MPICollective(Renewable, Rows):
         self.bytes_sent = 0
         self._alone_in_mpi = _thread_level() < MPI.THREAD_MULTIPLE
         self._users: MPI.Comm | None = comm
-        self._watched: Any = MPI.Intracomm(comm) if _fault_tolerant() else None  # another handle of the user's
+        self._watched: Any = MPI.Intracomm(comm) if survives_losses() else None  # another handle of the user's
         self._made: Any = None  # a duplicate that ranks have not yet met on
         self._comm: Any = None
         self._revoked: Any = None  # what `_comm` was before a loss
@@ -117,7 +117,7 @@ class MPICollective(Renewable, Rows):
     @property
     def advice(self) -> str:  # type: ignore[override]
         """What to do when a rank is lost."""
-        return advice_for(MPI.Get_library_version(), fault_tolerant=_fault_tolerant())
+        return advice_for(MPI.Get_library_version(), fault_tolerant=survives_losses())
 
     @property
     def in_callers_thread(self) -> bool:
@@ -165,7 +165,7 @@ class MPICollective(Renewable, Rows):
         """
         comm, under_way = self._comm or self._made, self._under_way
         self._comm, self._users, self._made, self._under_way = None, None, None, {}
-        if comm is not None and _fault_tolerant() and not MPI.Is_finalized():
+        if comm is not None and survives_losses() and not MPI.Is_finalized():
             with suppress(MPI.Exception):
                 comm.Revoke()
             # To be freed when his is: one that is gone would leave others' sends to it unanswered.
@@ -185,9 +185,7 @@ class MPICollective(Renewable, Rows):
     def begin(self) -> None:
         """Raise if the user has revoked his communicator."""
         if self._watched is not None and self._watched.Is_revoked():
-            raise PeerLostError(
-                f"average: rank {self.rank} of {self.size}: this communicator has been revoked. {self.advice}"
-            )
+            raise PeerLostError(f"rank {self.rank} of {self.size}: this communicator has been revoked. {self.advice}")
 
     def _hear_of_revocation(self) -> None:
         """While this rank waits, another may have given up, and have revoked the user's communicator."""
@@ -201,7 +199,7 @@ class MPICollective(Renewable, Rows):
         except MPI.Exception as error:
             reason = error.Get_error_string().strip().rstrip(".")
             me = f"rank {self.rank} of {self.size}"
-            lost = self._lost() if _fault_tolerant() else ""
+            lost = self._lost() if survives_losses() else ""
             raise PeerLostError(f"{me}: MPI reports: {reason}{lost}.") from error
 
     def _lost(self) -> str:
@@ -236,7 +234,7 @@ class MPICollective(Renewable, Rows):
                 if not patience.pause():
                     continue
                 self._hear_of_revocation()
-                if _fault_tolerant():
+                if survives_losses():
                     for request in requests:  # MPI_Testall says nothing of one that has failed until all have ended
                         request.Test()
                 if patience.is_over():
@@ -276,7 +274,8 @@ class MPICollective(Renewable, Rows):
 
 
 @functools.cache
-def _fault_tolerant() -> bool:
+def survives_losses() -> bool:
+    """Say whether this job goes on when a rank dies."""
     return is_fault_tolerant(MPI.Get_library_version(), str(MPI.__file__))
 
 

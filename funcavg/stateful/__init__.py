@@ -120,8 +120,8 @@ class PeriodicModelAverager(ModelAverager, torch_averagers.PeriodicModelAverager
             ``lambda param: getattr(param, "allreduce", True)``. It must refuse the same on all ranks.
         timeout: Seconds, or a ``timedelta``, to wait for the other ranks, as for `average`: ``None`` for the group's
             own timeout, where that is not torch's default, else 300 seconds.
-        donate: ``False`` averages into new memory, and writes to the parameters when all is there: so that they are
-            whole after a ``PeerLostError``, and the job can go on without whoever was lost
+        donate: ``False`` averages into new memory and copies the means into the parameters once all have arrived, so
+            they are whole after a ``PeerLostError``, and the job can go on without whoever was lost
             (`funcavg.furthest`). It costs a copy of the parameters for as long as a call lasts.
 
     Raises:
@@ -221,7 +221,7 @@ class HierarchicalModelAverager(ModelAverager, torch_hierarchical.HierarchicalMo
 
     Raises:
         TypeError: If a period, a group size or ``warmup_steps`` is no integer (bool is none), or ``process_group`` no
-            ``ProcessGroup``, or None while torch.distributed is not initialised. On this rank.
+            ``ProcessGroup`` of torch's own class, or None while torch.distributed is not initialised. On this rank.
         ValueError: If periods do not ascend, which would leave some never reached; if a size does not divide the next,
             or the last is not that of the group; if ``period_group_size_dict`` is empty, a period is not positive, or
             ``warmup_steps < 0``. On this rank.

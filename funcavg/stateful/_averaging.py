@@ -137,8 +137,9 @@ def check_hierarchical(period_group_size_dict: Any, warmup_steps: Any, process_g
         raise TypeError(f"Arg ``process_group`` must be a ProcessGroup or None, got {process_group!r} of type {kind}.")
     if isinstance(process_group, dist.ProcessGroup) and type(process_group) is not dist.ProcessGroup:
         raise TypeError(
-            f"Arg ``process_group`` is a {type(process_group).__name__}, whose ranks may be others at any time: "
-            f"numbers of them make no lasting groups."
+            f"Arg ``process_group`` must be one of torch's own groups, got a {type(process_group).__name__}, whose "
+            f"ranks may be others at any time: numbers of them make no lasting groups. Use PeriodicModelAverager, or "
+            f"funcavg.hierarchical with a group for each period."
         )
 
 

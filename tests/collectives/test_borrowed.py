@@ -360,7 +360,9 @@ def numbers_of_ranks(rank, folder):
     configure(group, folder, 0, (0, 1), rank)
     with pytest.raises(TypeError, match="hierarchical: group is a Wrapper, whose ranks may be others at any time"):
         funcavg.hierarchical({2: 1, 4: 2}, group=group)
-    with pytest.raises(TypeError, match="``process_group`` is a Wrapper, whose ranks may be others at any time"):
+    with pytest.raises(
+        TypeError, match="``process_group`` must be one of torch's own groups, got a Wrapper, whose ranks may be others"
+    ):
         funcavg.HierarchicalModelAverager({2: 1, 4: 2}, process_group=group)
     return True
 

@@ -23,9 +23,9 @@ ULFM = ("--with-ft", "ulfm")
 
 
 def survives(comm):
-    from funcavg.collectives.mpi import _fault_tolerant
+    from funcavg.collectives.mpi import survives_losses
 
-    return _fault_tolerant()
+    return survives_losses()
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +134,28 @@ def as_the_page_has_it(comm):
 @pytest.mark.usefixtures("ulfm")
 def test_the_loop_of_the_page():
     assert mpi.run_mpi(4, as_the_page_has_it, options=ULFM, dies=(3,)) == [(3, 1.5, 3)] * 3 + [None]
+
+
+def lost_on_the_way(comm, when):
+    """Rank 3 is killed before a round, and rank 2 while those that are left see how far they are."""
+
+    def die(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    job = {name: getattr(funcavg, name) for name in ("PeerLostError", "average", "broadcast", "furthest")}
+    job |= {"params": {"w": np.full(1000, float(comm.rank))}, "rounds": int(comm.rank == 0), "comm": comm}
+    if comm.rank == 3:
+        die()
+    if comm.rank == 2:
+        job[when] = die
+    exec(LOST[1], job)
+    return job["rounds"], job["params"]["w"][0], job["comm"].size
+
+
+@pytest.mark.usefixtures("ulfm")
+@pytest.mark.parametrize("when", ["furthest", "broadcast"])
+def test_a_loss_while_ranks_go_on_from_one(when):
+    assert mpi.run_mpi(4, lost_on_the_way, when, options=ULFM, dies=(2, 3))[:2] == [(2, 0.0, 2)] * 2
 
 
 @pytest.mark.usefixtures("ulfm")
@@ -313,10 +335,10 @@ def lose_a_deadline(comm):
 def asked(comm):
     from mpi4py import MPI
 
-    from funcavg.collectives.mpi import _fault_tolerant
+    from funcavg.collectives.mpi import survives_losses
 
     before = MPI.Query_thread()
-    _fault_tolerant()
+    survives_losses()
     return before, MPI.Query_thread()
 
 

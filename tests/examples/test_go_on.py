@@ -61,10 +61,11 @@ def test_ulfm(tmp_path):
 
 def test_torchft(tmp_path):
     skip_without("torchft")
-    output = run(tmp_path, sys.executable, JOB, "torchft", "--steps", "480", "--kill", "1@48")
-    assert "worker 1 is started again\n" in output
-    assert re.search(r"lost: average: rank \d of [23]", output)
-    assert assert_goes_on(output, 48, 480) < 10
+    for step, steps in ((48, 480), (96, 96)):  # in the middle, and in the last round
+        output = run(tmp_path, sys.executable, JOB, "torchft", "--steps", str(steps), "--kill", f"1@{step}")
+        assert "worker 1 is started again\n" in output
+        assert re.search(r"lost: average: rank \d of [23]", output)
+        assert assert_goes_on(output, step, steps) < 10
 
 
 @pytest.mark.parametrize(
