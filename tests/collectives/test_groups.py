@@ -136,9 +136,10 @@ def foreign_groups(rank, path):
         with pytest.warns(RuntimeWarning, match=r"dropped without wait\(\)"):
             start_average(1.0, group)
         time.sleep(1)
-    # Nothing was sent for the dropped handle: the next call must not be taken for it.
-    with pytest.raises(PeerLostError, match="this group is spent"):
-        average(1.0, group)
+    # Nothing was sent for the dropped handle: the next call must not be taken for it. (Gloo has closed its connections,
+    # and a group that tells nothing may have been configured anew, so it is tried.)
+    with pytest.raises(PeerLostError):
+        average(1.0, group, timeout=5)
     return small
 
 
