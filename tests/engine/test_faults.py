@@ -214,8 +214,8 @@ def test_a_rank_is_killed_in_a_broadcast(mode, point, last, victim):
 @pytest.mark.parametrize(
     ("mode", "point", "last"), [(mode, *where) for mode in MODES for where in points_of(mode)], ids=str
 )
-@pytest.mark.parametrize("size", [2, 3])
-def test_a_rank_is_killed(size, mode, point, last):
+def test_a_rank_is_killed(mode, point, last):
+    size = 3
     for victim in (0, size - 1):
         ranks = run_processes(size, killed, mode, point, last, victim, dies=(victim,))
         for rank, found in enumerate(ranks):
