@@ -55,7 +55,7 @@ try:
         mean = average(float(os.environ["RANK"]), timeout=20)
 except PeerLostError:
     sys.exit(1)
-print("restart", restarts, "mean", mean, flush=True)
+os.write(1, f"restart {{restarts}} mean {{mean}}\\n".encode())  # whole: three ranks write
 """)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "--max-restarts=1", str(job)]
     environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

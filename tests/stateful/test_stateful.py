@@ -117,17 +117,18 @@ def test_the_warning_for_period_1_points_to_the_users_line():
 )
 def test_the_same_attributes_and_signature_as_torch(ours, theirs, arguments):
     averager = ours(*arguments)
-    assert vars(averager) == vars(theirs(*arguments)) | {"where": None, "timeout": None}
+    assert vars(averager) == vars(theirs(*arguments)) | {"where": None, "timeout": None, "donate": True}
     assert averager.step == 0
     assert averager.process_group is dist.group.WORLD
     assert isinstance(averager, (theirs, funcavg.ModelAverager))
     assert isinstance(averager, torch_averagers.ModelAverager)
-    added = ["where", "timeout"]
+    added = {"where": None, "timeout": None, "donate": True}
     mine, torchs = inspect.signature(ours).parameters, inspect.signature(theirs).parameters
     assert [(p.name, p.kind, p.default) for p in mine.values() if p.name not in added] == [
         (p.name, p.kind, p.default) for p in torchs.values()
     ]
-    assert [(mine[name].kind, mine[name].default) for name in added] == [(inspect.Parameter.KEYWORD_ONLY, None)] * 2
+    assert {name: mine[name].default for name in added} == added
+    assert {mine[name].kind for name in added} == {inspect.Parameter.KEYWORD_ONLY}
     assert vars(copy.copy(averager)) == vars(averager)
 
 
@@ -783,3 +784,38 @@ def test_a_checkpoint_without_a_step_warns_at_the_users_line(kind):
         optimizer.load_state_dict(state)
     assert (caught[0].filename, caught[0].lineno) == (__file__, inspect.currentframe().f_lineno - 1)
     assert optimizer.averager.step == 0
+
+
+@pytest.mark.parametrize("donate", [True, False])
+def test_parameters_keep_their_memory_whether_donated_or_not(donate):
+    def fn(group):
+        model = torch.nn.Linear(3, 2)
+        with torch.no_grad():
+            for param in model.parameters():
+                param.fill_(group.rank)
+        view = model.weight.data_ptr()
+        averager = funcavg.PeriodicModelAverager(2, process_group=group, donate=donate)
+        model(torch.ones(3)).sum().backward()
+        averager.average_parameters(model.parameters())
+        return model.weight.data_ptr() == view, model.weight.unique().tolist(), model.bias.unique().tolist()
+
+    assert run_ranks(2, fn) == [(True, [0.5], [0.5])] * 2
+
+
+def test_parameters_are_whole_after_a_loss_unless_donated():
+    def fn(group):
+        weight = torch.nn.Parameter(torch.full((600_000,), float(group.rank)))
+        weight.grad = torch.zeros_like(weight)
+        averager = funcavg.PeriodicModelAverager(2, process_group=group, donate=False, timeout=0.5)
+        if group.rank == 0:
+            with pytest.raises(funcavg.PeerLostError):
+                averager.average_parameters([weight])
+        return averager.step, weight.detach().unique().tolist()
+
+    assert run_ranks(2, fn) == [(0, [0.0]), (0, [1.0])]
+
+
+@pytest.mark.parametrize("kind", [funcavg.PeriodicModelAverager, funcavg.HierarchicalModelAverager])
+def test_donate_is_a_bool(kind):
+    with pytest.raises(TypeError, match=f"{kind.__name__}: donate must be True or False, got 1 of type int"):
+        kind(2 if kind is funcavg.PeriodicModelAverager else {2: 1}, donate=1)
