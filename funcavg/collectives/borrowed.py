@@ -130,7 +130,7 @@ class BorrowedCollective(TaggedRows):
     def _unconnected(self, error: Exception | None = None) -> PeerLostError:
         why = f" ({type(error).__name__}: {error})" if error is not None else ""
         return PeerLostError(
-            f"this {self._kind} is connected to nobody now{why}: it is being configured, could not be, or has "
+            f"average: this {self._kind} is connected to nobody now{why}: it is being configured, could not be, or has "
             f"been shut down. With torchft, call manager.wait_quorum() first, and manager.report_error(error) now."
         )
 
@@ -206,9 +206,8 @@ class BorrowedCollective(TaggedRows):
         What is sent first is received last.
         """
         peers = self._peers()
-        ours = [
-            (np.array(list(said), np.uint8), tag) for said, tag in messages
-        ]  # torch warns of memory that is read-only
+        # Arrays of their own: torch warns of memory that is read-only.
+        ours = [(np.array(list(said), np.uint8), tag) for said, tag in messages]
         theirs = [(np.full((self.size, len(said)), 0xFF, np.uint8), tag) for said, tag in messages]
         send = [(peer, said, tag) for said, tag in ours for peer in peers]
         receive = [(peer, said[peer], tag) for said, tag in reversed(theirs) for peer in peers]

@@ -185,7 +185,8 @@ class MPICollective(Renewable, Rows):
     def begin(self) -> None:
         """Raise if the user has revoked his communicator."""
         if self._watched is not None and self._watched.Is_revoked():
-            raise PeerLostError(f"rank {self.rank} of {self.size}: this communicator has been revoked. {self.advice}")
+            me = f"rank {self.rank} of {self.size}"
+            raise PeerLostError(f"average: {me}: this communicator has been revoked. {self.advice}")
 
     def _hear_of_revocation(self) -> None:
         """While this rank waits, another may have given up, and have revoked the user's communicator."""
