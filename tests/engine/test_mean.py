@@ -10,7 +10,7 @@ from helpers.frameworks import skip_without, torch
 from helpers.trees import GPU, NUMPY_FLOATS, TORCH_FLOATS, assert_is_mean, bits, build, numpy_dtype
 from helpers.trees import Spec as S
 
-from funcavg._engine import mean
+from funcavg._engine import arithmetic, mean
 from funcavg._engine.mean import Sums, mean_into, scaled, tensor_mean_into
 
 ELEMENTS = sorted({*NUMPY_FLOATS, *TORCH_FLOATS})
@@ -255,7 +255,7 @@ def test_two_narrow_shards_under_a_default_device():
 
     shards = [torch.full((9,), float(i)).bfloat16() for i in range(2)]
     out = torch.zeros(9, dtype=torch.bfloat16)
-    mean._OF_THREAD.__dict__.clear()
+    arithmetic._OF_THREAD.__dict__.clear()
     with torch.device("meta"):
         mean_into(flat(out), [flat(shard) for shard in shards], None, "bfloat16")
     assert out.tolist() == [0.5] * 9
