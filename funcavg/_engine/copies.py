@@ -27,12 +27,13 @@ from funcavg._engine.buckets import Bucket
 from funcavg._engine.device_slots import DEVICE_AHEAD
 from funcavg._engine.lanes import Cargo, Lane
 from funcavg.collectives.base import Pending
-from funcavg.collectives.node import Node
+from funcavg.collectives.node import SLOTS, Node
 from funcavg.collectives.rows import Rows
 
 __all__ = ["CopyLane", "DeviceCopyLane", "NodeCopyLane", "StageSlots", "copies"]
 
 AHEAD = 2  # buckets on their way to other nodes
+TOGETHER = SLOTS // 2  # there are two stages, as large as slots allow
 
 
 class CopyLane(Lane):
@@ -97,12 +98,13 @@ class StageSlots:
     apart = True
 
     def __init__(self, node: Node, root: int) -> None:
+        self.bytes = TOGETHER * node.slot_bytes
         self._node, self._members = node, node.nodes[node.here]
         self._root = root
 
     def lend(self, number: int, rows: int, nbytes: int) -> tuple[Any, None, Any]:
         """Return the stage as `mine` and as `landing`."""
-        _, everyone, stage = self._node.slots(number)
+        everyone, stage = self._node.slots(number, TOGETHER)
         if self._root in self._members:
             stage = everyone[self._members.index(self._root)]
         stage = stage[: rows * nbytes].reshape(rows, nbytes)
@@ -110,7 +112,7 @@ class StageSlots:
 
 
 def copies(buckets: int) -> Iterator[tuple[str, int]]:
-    """Yield what a rank of a node does in one call: (action, bucket); bucket k is in slot k & 1.
+    """Yield what a rank of a node does in one call: (action, bucket); bucket k is in stage k & 1.
 
     All of a group meet once more when they have taken the last bucket, which keeps calls apart.
     """

@@ -185,5 +185,6 @@ def _lanes(
         buckets = plan(kept, "node", node.rows, node.slot_bytes, NodeSlots(node))
         yield NodeLane(buckets, node, collective, session.crossing(node))
     else:
-        buckets = plan(kept, f"stage of {root}", node.rows, node.slot_bytes, StageSlots(node, root))
+        stages = StageSlots(node, root)
+        buckets = plan(kept, f"stage of {root}", node.rows, stages.bytes, stages)
         yield NodeCopyLane(buckets, node, collective, root)

@@ -138,6 +138,7 @@ def _pump(lane: Lane, cargo: Cargo) -> None:
             sharing.append(_Transit(ready, source, target, lane.finish(ready, target, timeout)))
         if len(sharing) > lane.ahead or (not exchanging and sharing):
             done = sharing.popleft().arrived()
+            _points.reached("done", done.bucket.number)
             if done.target is done.bucket.mine:
                 done.bucket.unpack(cargo.results)
             elif done.bucket.own is not None:

@@ -24,7 +24,7 @@ from funcavg.collectives.base import Collective
 from funcavg.collectives.rows import Renewable
 
 if TYPE_CHECKING:
-    from funcavg._engine.node_lane import Crossing
+    from funcavg._engine.crossing import Crossing
     from funcavg.collectives.node import Node
 
 __all__ = ["Session", "nothing_is_late", "same_configuration", "session_of"]
@@ -185,7 +185,7 @@ class Session:
     def crossing(self, node: Node) -> Crossing | None:
         """Return this rank's way to other nodes, None if there is none or other ranks of its node see to it."""
         if "crossing" not in self._slots and len(node.nodes) > 1:
-            from funcavg._engine.node_lane import Crossing
+            from funcavg._engine.crossing import Crossing
 
             self._slots["crossing"] = Crossing(node.channel, node.slot_bytes // node.shards)
         return self._slots.get("crossing")

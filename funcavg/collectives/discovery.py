@@ -22,7 +22,7 @@ import numpy as np
 
 from funcavg import _points
 from funcavg.collectives.base import Buffer
-from funcavg.collectives.node import POISON, Node
+from funcavg.collectives.node import POISON, SLOTS, Node
 from funcavg.collectives.rows import Rows
 from funcavg.collectives.segment import HEADER, Address, Segment, map_segment, open_segment, watch
 
@@ -35,13 +35,14 @@ ABOUT = struct.Struct("<?qi8s16s")  # can, process id, descriptor, nonce, place
 def slot_bytes(sizes: Sequence[int]) -> int:
     """Return the size of a slot for nodes of so many ranks: all slots of a node stay in its cache.
 
-    Where there are several nodes, they are large enough for the rows that go to the others.
+    Where there are several nodes, they are large enough for the rows that go to the others. It follows from the nodes
+    alone, never from a machine: all hosts cut buckets alike.
 
     >>> [slot_bytes([ranks]) >> 10 for ranks in (2, 3, 4, 8, 64)]
-    [2048, 2048, 1024, 512, 256]
+    [1024, 1024, 512, 256, 128]
     """
-    fitting = (16 << 20) // (2 * max(sizes) + 2)
-    nbytes = min(max(1 << fitting.bit_length() - 1, 256 << 10), 2 << 20)
+    fitting = (16 << 20) // (SLOTS * (max(sizes) + 1))
+    nbytes = min(max(1 << fitting.bit_length() - 1, 128 << 10), 1 << 20)
     if len(sizes) == 1:
         return nbytes
     shards = min(sizes)  # each has buffers for several buckets on their way
@@ -71,8 +72,8 @@ def discover(transport: Rows, timeout: float) -> Node | None:
         segment, why = _create()
         if segment is not None:
             descriptors.callback(segment.close)
-            # Others may be done, and wait for this rank's word.
-            unless_done.callback(segment.word.fill, POISON)
+            # Others may be done, and wait for this rank's words.
+            unless_done.callback(segment.words.fill, POISON)
         _points.reached("created")
         about = _gather(transport, _describe(segment), timeout)  # round 1
         _points.reached("published")
@@ -168,9 +169,9 @@ def _attach(
     segment: Segment | None,
     opened: Mapping[int, int],
 ) -> list[Buffer]:
-    """Map the memory of all ranks of this node: a header and two in-slots, and of the first two out-slots, too."""
+    """Map the memory of all ranks of this node: a header and in-slots, and of the first out-slots, too."""
     members = next(members for members in nodes if rank in members)
-    nbytes = [HEADER + (2 + 2 * (peer == members[0])) * slot for peer in members]
+    nbytes = [HEADER + SLOTS * (1 + (peer == members[0])) * slot for peer in members]
     mine = nbytes[members.index(rank)]
     if segment is None or len(members) == 1:
         return [np.zeros(mine, np.uint8)]

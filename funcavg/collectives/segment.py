@@ -18,9 +18,10 @@ import numpy as np
 from funcavg._memory import c_library
 from funcavg.collectives.base import Buffer
 
-__all__ = ["HEADER", "Address", "Segment", "map_segment", "open_segment", "watch"]
+__all__ = ["HEADER", "WORDS", "Address", "Segment", "map_segment", "open_segment", "watch"]
 
-HEADER = 4096  # bytes in front of the slots: the rank's word, and a page of its own for it
+HEADER = 4096  # bytes in front of the slots: the rank's words, and a page of its own for them
+WORDS = 1024  # the first of these bytes
 PROT_READ_WRITE, MAP_SHARED, MADV_DONTFORK = 3, 1, 10
 
 
@@ -41,7 +42,7 @@ class Segment:
         self.address = Address(os.getpid(), self.descriptor, nonce)
         try:
             self.grow(HEADER)
-            self.word = self.map(HEADER)[:8].view(np.int64)  # which peers watch
+            self.words = self.map(HEADER)[:WORDS].view(np.int64)  # which peers watch
         except BaseException:
             self.close()
             raise
