@@ -13,14 +13,14 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ArraySum", "TensorSum", "array_mean", "blocks", "tensor_mean", "viewer"]
+__all__ = ["WIDE_ENOUGH", "ArraySum", "TensorSum", "array_mean", "blocks", "half_of_sum", "tensor_mean", "viewer"]
 
 SMALL = 2.0**-64  # exact to multiply by: sums of fewer than 2**64 numbers do not overflow, times this
 NATIVE = {"float16": np.float16, "float32": np.float32, "float64": np.float64, "longdouble": np.longdouble}
 
 Bytes = npt.NDArray[np.uint8]
-WIDE_ENOUGH = (np.float32, np.float64, np.longdouble)  # for a sum of two, which is rounded once
-HALVES = {kind: kind(0.5) for kind in WIDE_ENOUGH}
+WIDE_ENOUGH = ("float32", "float64", "longdouble")  # for a sum of two in their own width
+HALVES = {NATIVE[name]: NATIVE[name](0.5) for name in WIDE_ENOUGH}
 _S = TypeVar("_S", "ArraySum", "TensorSum")
 
 
@@ -42,35 +42,14 @@ def blocks(size: int, length: int) -> list[slice]:
     return [slice(start, min(start + length, size)) for start in range(0, size, length)]
 
 
-def array_mean(
-    out: npt.NDArray[Any],
-    shards: Sequence[npt.NDArray[Any]],
-    weights: Sequence[float] | None,
-    norm: float,
-    scratch: npt.NDArray[Any],
-) -> None:
-    """Write the mean of a block of NumPy arrays. ``scratch`` is a block of the dtype of ``out``."""
-    if len(shards) == 2 and weights is None and out.dtype == shards[0].dtype and out.dtype.type in WIDE_ENOUGH:
-        _half_of_sum(out, shards[0], shards[1], scratch[: len(out)])
-        return
-    weights = weights or [1.0] * len(shards)
-    try:
-        with np.errstate(all="ignore", over="raise"):
-            total = _sum_of(ArraySum, shards, weights)
-    except FloatingPointError:  # leaves near the largest float64
-        with np.errstate(all="ignore"):
-            total = _sum_of(ArraySum, shards, weights, once=True)
-    with np.errstate(all="ignore"):
-        total.write(out, norm)
+def half_of_sum(out: Any, one: Any, other: Any, total: Any) -> None:
+    """Write the mean of two arrays of NumPy's own; ``total`` is memory for as many elements.
 
-
-def _half_of_sum(out: Any, one: Any, other: Any, total: Any) -> None:
-    """Write the mean of two: one addition rounds once, and halving is exact, so no wider sum is needed.
-
-    Where the sum overflows, both are so large that their halves are exact, and the sum of these rounds once. It is
-    taken of single elements: the halves of small ones are not exact. ``out`` may be one of the arrays.
+    One addition rounds once, and halving is exact, so no wider sum is needed. Where the sum overflows, both are so
+    large that their halves are exact, and the sum of these rounds once. That is done for such elements only: the
+    halves of small ones are not exact. ``out`` may be one of the arrays.
     """
-    half = HALVES[out.dtype.type]
+    half = HALVES[total.dtype.type]
     try:
         with np.errstate(all="ignore", over="raise"):
             np.multiply(np.add(one, other, total), half, out)
@@ -80,6 +59,21 @@ def _half_of_sum(out: Any, one: Any, other: Any, total: Any) -> None:
             total *= half
             np.copyto(total, one * half + other * half, where=large)
             np.copyto(out, total)
+
+
+def array_mean(
+    out: npt.NDArray[Any], shards: Sequence[npt.NDArray[Any]], weights: Sequence[float] | None, norm: float
+) -> None:
+    """Write the mean of a block of NumPy arrays."""
+    weights = weights or [1.0] * len(shards)
+    try:
+        with np.errstate(all="ignore", over="raise"):
+            total = _sum_of(ArraySum, shards, weights)
+    except FloatingPointError:  # leaves near the largest float64
+        with np.errstate(all="ignore"):
+            total = _sum_of(ArraySum, shards, weights, once=True)
+    with np.errstate(all="ignore"):
+        total.write(out, norm)
 
 
 def _sum_of(kind: type[_S], shards: Sequence[Any], weights: Sequence[float], *, once: bool = False) -> _S:

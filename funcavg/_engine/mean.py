@@ -10,13 +10,24 @@ here: the mean is linear, so they arrive as pairs of reals.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from funcavg._engine.arithmetic import ArraySum, TensorSum, array_mean, blocks, tensor_mean, viewer
+from funcavg._engine.arithmetic import (
+    WIDE_ENOUGH,
+    ArraySum,
+    TensorSum,
+    array_mean,
+    blocks,
+    half_of_sum,
+    tensor_mean,
+    viewer,
+)
+from funcavg._engine.kernel import ITEMSIZES, BlockSum, address, library, packer
 
 __all__ = ["Means", "Sums", "mean_into", "scaled", "tensor_mean_into", "wide"]
 
@@ -45,6 +56,12 @@ def mean_into(  # noqa: PLR0913  # and `also`, which few need
     said; of several dtypes one is `wide` of the other. ``out`` may be one of the shards if it is of their dtype. A
     shard of weight 0 is never read, NaN included.
     """
+    into = into or element
+    long = len(shards[0]) // ITEMSIZES.get(element, 1) * ITEMSIZES.get(into, 1)  # of others, one is as wide as another
+    places = [out] if also is None else [out, also]
+    if any([len(place) != long for place in places]) or any([len(shard) != len(shards[0]) for shard in shards]):
+        found = [len(memory) for memory in (*shards, *places)]
+        raise ValueError(f"the mean of {len(shards)} shards of {element} as {into}: they and it have {found} bytes")
     means = Means(element, len(shards), weights, into)
     operands = [means.operand(shard) for shard in shards]
     means.write(means.target(out), operands, len(shards[0]), None if also is None else means.target(also))
@@ -61,16 +78,22 @@ class Means:
         self._kept, self._weights = _kept_and_scaled(count, weights)
         self._norm = sum(self._weights or [1.0] * len(self._kept))
         self._element, self._into, self._every = element, into, len(self._kept) == count
-        self._view = viewer(into if element == "float32" else element)
-        self._scratch: Any = None
+        self._library = library(element, into)
+        if self._library is None:
+            self._view = viewer(into if element == "float32" else element)
+            self._pair = len(self._kept) == 2 and self._weights is None and into == element and element in WIDE_ENOUGH
+            self._scratch = np.empty(0)
+        else:
+            plan = self._library.plan(element, into, len(self._kept), self._weights, self._norm)
+            self._call, self._plan, self._pack = self._library.mean, ctypes.byref(plan), packer(len(self._kept))
 
     def operand(self, memory: Bytes) -> Any:
         """Return a shard as `write` takes it, to be used as long as the memory lives."""
-        return self._view(memory, self._element)
+        return self._view(memory, self._element) if self._library is None else address(memory)
 
     def target(self, memory: Bytes) -> Any:
         """Return memory that is to be written, as `write` takes it."""
-        return self._view(memory, self._into)
+        return self._view(memory, self._into) if self._library is None else address(memory)
 
     def write(self, out: Any, shards: Sequence[Any], nbytes: int, also: Any = None) -> None:
         """Write the mean of ``shards``, of ``nbytes`` each, to ``out``, and the same to ``also``.
@@ -79,25 +102,29 @@ class Means:
         """
         if not self._every:
             shards = [shards[k] for k in self._kept]
+        if self._library is not None:
+            self._call(self._plan, self._pack(*shards), out, also, nbytes)
+            return
         length = nbytes // shards[0].itemsize
-        if length <= BLOCK and all([len(shard) == length for shard in shards]) and len(out) == length:
+        if length <= BLOCK and length == len(out) == len(shards[0]) == len(shards[-1]):  # slicing costs
             self._write_block(out, shards)
             if also is not None:
                 also[:length] = out
             return
-        for block in blocks(length, BLOCK):
+        for start in range(0, length, BLOCK):
+            block = slice(start, min(start + BLOCK, length))
             part = out[block]
             self._write_block(part, [shard[block] for shard in shards])
             if also is not None:
-                also[block] = part
+                also[block] = part  # while it is in the cache
 
     def _write_block(self, out: Any, shards: Sequence[Any]) -> None:
-        if not isinstance(out, np.ndarray):
-            tensor_mean(out, shards, self._weights, self._norm)
-            return
-        if self._scratch is None or len(self._scratch) < len(out):
-            self._scratch = np.empty(len(out), out.dtype)
-        array_mean(out, shards, self._weights, self._norm, self._scratch)
+        if self._pair:
+            if len(self._scratch) != len(out):
+                self._scratch = np.empty_like(out)
+            half_of_sum(out, shards[0], shards[1], self._scratch)
+        else:
+            (array_mean if isinstance(out, np.ndarray) else tensor_mean)(out, shards, self._weights, self._norm)
 
 
 class Sums:
@@ -108,9 +135,14 @@ class Sums:
     """
 
     def __init__(self, element: str, *, on_device: bool = False) -> None:
-        self._view: Callable[[Any, str], Any] = (lambda shard, _: shard) if on_device else viewer(element)
+        self._view: Callable[[Any, str], Any]
         self._element, self._length = element, DEVICE_BLOCK if on_device else BLOCK
-        self._sums: list[ArraySum | TensorSum] = []  # one for each block
+        self._in_c = not on_device and library(element) is not None
+        if self._in_c:
+            self._view, self._length = (lambda memory, _: memory), BLOCK * ITEMSIZES[element]
+        else:
+            self._view = (lambda shard, _: shard) if on_device else viewer(element)
+        self._sums: list[ArraySum | TensorSum | BlockSum] = []  # one for each block
 
     def add(self, shard: Any, weight: float) -> None:
         """Add a shard, which may be overwritten afterwards."""
@@ -121,8 +153,12 @@ class Sums:
                 for total, part in zip(self._sums, parts, strict=True):
                     total.add(part, weight)
             else:
-                kind = ArraySum if isinstance(array, np.ndarray) else TensorSum
-                self._sums = [kind(part, weight, once=True) for part in parts]
+                self._sums = [self._sum_of(part, weight) for part in parts]
+
+    def _sum_of(self, part: Any, weight: float) -> ArraySum | TensorSum | BlockSum:
+        if self._in_c:
+            return BlockSum(part, weight, self._element)
+        return (ArraySum if isinstance(part, np.ndarray) else TensorSum)(part, weight, once=True)
 
     def mean_into(self, out: Any, norm: float) -> None:
         """Write the sums divided by that of the weights, and forget them."""

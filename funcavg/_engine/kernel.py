@@ -1,0 +1,153 @@
+"""Means in C: `kernel.c`, where it was built when funcavg was installed. Loaded when it is first needed, once.
+
+Its functions are called with addresses, and without the GIL. What it does not know (longdouble, floats of 8 bits), and
+everything where it is not there, is calculated by `arithmetic.py`, to the same bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["BlockSum", "Library", "address", "choose", "kernel_in_use", "library"]
+
+VERSION = 1  # of the interface: kernel.c has the same
+LIBRARY = Path(__file__).with_name("libkernel.so")  # hatch_build.py puts it there
+DTYPES = {"float32": 0, "float64": 1, "bfloat16": 2, "float16": 3}  # as kernel.c numbers them
+ITEMSIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+LEVELS = ("C", "C (AVX2)")  # baseline code, and functions for processors that have more
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class Plan(ctypes.Structure):
+    """What many means have in common: `struct means` of kernel.c."""
+
+    _fields_ = (
+        ("count", ctypes.c_int64),
+        ("weights", ctypes.POINTER(ctypes.c_double)),
+        ("norm", ctypes.c_double),
+        ("from_", ctypes.c_int32),
+        ("into", ctypes.c_int32),
+        ("level", ctypes.c_int32),
+    )
+
+
+class Library:
+    """The library, loaded. OSError says why it cannot be."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.exists():
+            raise FileNotFoundError("not built when funcavg was installed: there was no C compiler, or it failed")
+        loaded = ctypes.CDLL(str(path))
+        found = loaded.funcavg_version() if hasattr(loaded, "funcavg_version") else None
+        if found != VERSION:
+            raise OSError(f"{path} has interface {found}, and this release {VERSION}: install funcavg again")
+        address, number, nbytes = ctypes.c_void_p, ctypes.c_double, ctypes.c_size_t
+        self.mean, self.add, self.write = loaded.funcavg_mean, loaded.funcavg_add, loaded.funcavg_write
+        self.mean.argtypes = [address, address, address, address, nbytes]
+        self.add.argtypes = [address, address, number, ctypes.c_int32, address, address, address, nbytes]
+        self.write.argtypes = [address, address, number, address, address, address, nbytes]
+        self.mean.restype = self.add.restype = self.write.restype = None
+        self.level: int = loaded.funcavg_level()
+        loaded.funcavg_source.restype = ctypes.c_uint32
+        self.source: int = loaded.funcavg_source()  # a checksum of the source that it was built from
+
+    def plan(
+        self, element: str, into: str = "", count: int = 1, weights: Sequence[float] | None = None, norm: float = 1.0
+    ) -> Plan:
+        """Prepare means; what they are of, `Means` says."""
+        numbers = None if weights is None else (ctypes.c_double * count)(*weights)
+        return Plan(count, numbers, norm, DTYPES[element], DTYPES[into or element], self.level)
+
+
+def choose(environ: Mapping[str, str], path: Path = LIBRARY) -> tuple[Library | None, str]:
+    """Return the library, or None, and which kernel that is, and why.
+
+    ``FUNCAVG_KERNEL=off`` leaves the library out, and ``require`` makes it an error if it is not there.
+
+    >>> choose({"FUNCAVG_KERNEL": "off"})
+    (None, 'NumPy and torch (FUNCAVG_KERNEL=off)')
+    >>> choose({"FUNCAVG_KERNEL": "on"})
+    Traceback (most recent call last):
+    ValueError: average: FUNCAVG_KERNEL must be off or require, or not be set, got 'on'
+    """
+    setting = environ.get("FUNCAVG_KERNEL", "")
+    if setting.lower() not in ("", "off", "require"):
+        raise ValueError(f"average: FUNCAVG_KERNEL must be off or require, or not be set, got {setting!r}")
+    if setting.lower() == "off":
+        return None, f"NumPy and torch (FUNCAVG_KERNEL={setting})"
+    try:
+        loaded = Library(path)
+    except OSError as error:
+        if setting:
+            cure = "install funcavg where there is a C compiler, or unset FUNCAVG_KERNEL"
+            raise ImportError(f"average: FUNCAVG_KERNEL={setting}, but the C kernel is {error}: {cure}") from error
+        return None, f"NumPy and torch (the C kernel is {error})"
+    return loaded, LEVELS[loaded.level]
+
+
+@functools.cache
+def _chosen() -> tuple[Library | None, str]:
+    return choose(os.environ)
+
+
+def library(*elements: str) -> Library | None:
+    """Return the library if it is used here and knows these dtypes."""
+    return _chosen()[0] if all(element in DTYPES for element in elements) else None
+
+
+def kernel_in_use() -> str:
+    """Say which kernel sums in this process, and if it is not the one in C, why."""
+    return _chosen()[1]
+
+
+def address(memory: npt.NDArray[Any]) -> int:
+    """Return where an array begins. It must live as long as the address is used."""
+    if not memory.flags.c_contiguous:
+        raise ValueError(f"shards must lie in one piece, got strides {memory.strides} of shape {memory.shape}")
+    begin: int = memory.__array_interface__["data"][0]
+    return begin
+
+
+def packer(count: int) -> Any:
+    """Return a function that makes a table of so many addresses: faster than an array of ctypes'."""
+    return struct.Struct(f"{count}P").pack
+
+
+class BlockSum:
+    """A sum of blocks that come one after another, as `ArraySum` is, in C. It can be copied."""
+
+    def __init__(self, block: Bytes, weight: float, element: str) -> None:
+        length = len(block) // ITEMSIZES[element]
+        self._element, self._total = element, np.empty(length)
+        tight = element == "float64"  # sums are as narrow as the leaves
+        self._first, self._flags = np.empty(length if tight else 0), np.empty(length if tight else 0, np.uint8)
+        self._call("add", block, weight, 1)
+
+    def add(self, block: Bytes, weight: float) -> None:
+        self._call("add", block, weight, 0)
+
+    def write(self, out: Bytes, norm: float) -> None:
+        self._call("write", out, norm)
+
+    def _call(self, name: str, memory: Bytes, *numbers: float) -> None:
+        found = library(self._element)
+        assert found is not None
+        if len(memory) != len(self._total) * ITEMSIZES[self._element]:
+            raise ValueError(f"a block of {len(memory)} bytes after one of another length")
+        kept = [address(array) for array in (self._total, self._first, self._flags)]
+        getattr(found, name)(_plan_of(found, self._element), address(memory), *numbers, *kept, len(memory))
+
+
+@functools.cache
+def _plan_of(found: Library, element: str) -> Any:
+    return ctypes.byref(found.plan(element))
