@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["HUGE", "PAGE", "ask_for_huge_pages", "bytes_at", "c_library", "let_go_of_pages"]
+__all__ = ["HUGE", "PAGE", "address_of", "ask_for_huge_pages", "bytes_at", "c_library", "let_go_of_pages"]
 
 HUGE = 4 << 20  # bytes, from which on huge pages are worth it: fresh memory costs four times less (NumPy does the same)
 PAGE, MADV_DONTNEED, MADV_HUGEPAGE = 4096, 4, 14
@@ -27,6 +27,12 @@ def bytes_at(address: int, nbytes: int, owner: Any) -> npt.NDArray[np.uint8]:
     memory: Any = (ctypes.c_char * nbytes).from_address(address)
     memory.owner = owner
     return np.frombuffer(memory, np.uint8)
+
+
+def address_of(memory: npt.NDArray[np.uint8]) -> int:
+    """Return where an array begins."""
+    address: int = memory.__array_interface__["data"][0]
+    return address
 
 
 def ask_for_huge_pages(address: int, nbytes: int) -> None:

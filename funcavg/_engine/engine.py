@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from funcavg._engine.agree import Agreement, agree, exchange_words
-from funcavg._engine.buckets import Bucket, Lender, make_plan
+from funcavg._engine.buckets import make_plan
 from funcavg._engine.copies import CopyLane, DeviceCopyLane, NodeCopyLane, StageSlots
 from funcavg._engine.device_slots import DEVICE_BUCKET
 from funcavg._engine.digests import digests_of, ranks_that_differ
 from funcavg._engine.lanes import Cargo, DeviceLane, Lane
-from funcavg._engine.node_lane import NodeLane, NodeSlots
+from funcavg._engine.node_lane import NodeLane, NodePlan
 from funcavg._engine.session import Session, nothing_is_late, session_of
 from funcavg._errors import PeerLostError
 from funcavg._trees import Layout, Options, Request
@@ -157,17 +158,16 @@ def _lanes(
     kept = [i for i in range(len(layout.leaves)) if i not in ties]
     on_device = [i for i in kept if layout.leaves[i].device]
 
-    def plan(numbers: list[int], place: str, rows: int, limit: int, slots: Lender) -> list[Bucket]:
+    def plan(numbers: list[int], place: str, make: Callable[[list[Any]], Any]) -> Any:
         key = layout, None if len(numbers) == len(layout.leaves) else tuple(numbers), place
-        pieces = [(i, layout.families[i], layout.leaves[i]) for i in numbers]
-        return session.remember(key, lambda: make_plan(pieces, rows, slots, limit))
+        return session.remember(key, lambda: make([(i, layout.families[i], layout.leaves[i]) for i in numbers]))
 
     if on_device and agreement.same_places and layout.devices and hasattr(collective, "device_verbs"):
         (device,) = layout.devices
         verbs = collective.device_verbs(device.partition(":")[0])
         if verbs is not None:
             slots = session.device_slots(device)
-            buckets = plan(on_device, device, collective.size, DEVICE_BUCKET, slots)
+            buckets = plan(on_device, device, lambda rows: make_plan(rows, collective.size, slots, DEVICE_BUCKET))
             with slots.in_turn():  # until the lane has carried
                 if root is None:
                     natively = verbs.averages_natively(weighted=agreement.weights is not None)
@@ -179,12 +179,12 @@ def _lanes(
         return
     node = session.node(collective, request.options.seconds(collective))
     if node is None:
-        buckets = plan(kept, "cpu", collective.size, session.bucket_bytes, session.slots())
+        make: Any = partial(make_plan, size=collective.size, slots=session.slots(), limit=session.bucket_bytes)
+        buckets = plan(kept, "cpu", make)
         yield Lane(buckets, collective, rank) if root is None else CopyLane(buckets, collective, rank, root)
     elif root is None:
-        buckets = plan(kept, "node", node.rows, node.slot_bytes, NodeSlots(node))
-        yield NodeLane(buckets, node, collective, session.crossing(node))
+        yield NodeLane(plan(kept, "node", partial(NodePlan, node)), node, collective, session.crossing(node))
     else:
         stages = StageSlots(node, root)
-        buckets = plan(kept, f"stage of {root}", node.rows, stages.bytes, stages)
-        yield NodeCopyLane(buckets, node, collective, root)
+        make = partial(make_plan, size=node.rows, slots=stages, limit=stages.bytes)
+        yield NodeCopyLane(plan(kept, f"stage of {root}", make), node, collective, root)

@@ -95,6 +95,13 @@ class Means:
         """Return memory that is to be written, as `write` takes it."""
         return self._view(memory, self._into) if self._library is None else address(memory)
 
+    def part(self, operand: Any, begin: int, end: int) -> Any:
+        """Return the bytes of an operand, from and to."""
+        if self._library is not None:
+            return operand + begin
+        width = operand.itemsize
+        return operand[begin // width : end // width]
+
     def write(self, out: Any, shards: Sequence[Any], nbytes: int, also: Any = None) -> None:
         """Write the mean of ``shards``, of ``nbytes`` each, to ``out``, and the same to ``also``.
 

@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from funcavg import _points
-from funcavg._engine.buckets import Bucket
+from funcavg._engine.buckets import Bucket, make_plan
 from funcavg._engine.crossing import DELAY, Crossing, weights_by_node
 from funcavg._engine.lanes import Cargo
 from funcavg._engine.mean import Means, wide
+from funcavg._memory import address_of
+from funcavg._trees import Family, Leaf
 from funcavg.collectives.node import Node, schedule
 
-__all__ = ["NodeLane", "NodeSlots"]
+__all__ = ["NodeLane", "NodePlan"]
 
 
-class Station:
-    """A bucket's views of its slots, made once for a plan: its own shard of each, and what else is copied."""
+class _Station:
+    """Where a bucket lies in a node's memory: views and addresses that are made once for a plan."""
 
     def __init__(self, node: Node, everyone: Sequence[Any], out: Any, row_bytes: int) -> None:
         shard = len(node.nodes) * row_bytes
         self.begin = min(node.index, node.shards) * shard  # of the shard that this rank reduces, if it has one
         self.end = min(node.index + 1, node.shards) * shard
+        self.nbytes = self.end - self.begin
         self.shards = [slot[self.begin : self.end] for slot in everyone]
         self.landing = out[self.begin : self.end]
-        others = [(begin, end) for begin, end in ((0, self.begin), (self.end, len(out))) if begin < end]
-        self.given = [(begin, end, everyone[node.index][begin:end]) for begin, end in others]
-        self.taken = [(begin, end, out[begin:end]) for begin, end in others]
         self.operands: list[Any] = []  # the shards, as the kernel takes them
-        self.target: Any = None  # and where the mean goes
+        self.target: Any = None  # and where their mean goes
+        others = [(begin, end) for begin, end in ((0, self.begin), (self.end, len(out))) if begin < end]
+        mine, means = address_of(everyone[node.index]), address_of(out)
+        self.given = [(mine + begin, begin, end - begin) for begin, end in others]
+        self.taken = [(means + begin, begin, end - begin) for begin, end in others]
 
 
-class NodeSlots:
+class _NodeSlots:
     """The slots of a node's shared memory, as plans see them."""
 
     apart = True
@@ -41,12 +44,41 @@ class NodeSlots:
     def __init__(self, node: Node) -> None:
         self._node = node
 
-    def lend(self, number: int, rows: int, nbytes: int) -> tuple[Any, Station, Any]:
-        """Return this rank's in-slot, a `Station`, and the out-slot: so many rows of ``nbytes``."""
+    def lend(self, number: int, rows: int, nbytes: int) -> tuple[Any, _Station, Any]:
+        """Return this rank's in-slot, its station, and the out-slot: so many rows of ``nbytes``."""
         everyone, out = self._node.slots(number)
         everyone, out = [slot[: rows * nbytes] for slot in everyone], out[: rows * nbytes]
-        station = Station(self._node, everyone, out, nbytes)
+        station = _Station(self._node, everyone, out, nbytes)
         return everyone[self._node.index].reshape(rows, nbytes), station, out.reshape(rows, nbytes)
+
+
+class _Step(NamedTuple):
+    """What is done with a bucket, what it waits for, and what it makes known: counts are of this call."""
+
+    action: str
+    bucket: Bucket
+    waits: int | None
+    least: int
+    tells: int | None
+    told: int
+
+
+class NodePlan:
+    """Leaves, (number, family, leaf) each, in buckets of a node's slots, and what this rank does with them in turn."""
+
+    def __init__(self, node: Node, leaves: Sequence[tuple[int, Family, Leaf]]) -> None:
+        buckets = self.buckets = make_plan(leaves, node.rows, _NodeSlots(node), node.slot_bytes)
+        reduces = node.index < node.shards
+        self.steps = [
+            _Step(action, buckets[k], rule.waits, k + 1 - rule.behind, rule.tells, k + 1)
+            for action, k in schedule(len(buckets), DELAY if len(node.nodes) > 1 else 0)
+            if reduces or action not in ("reduce", "publish")
+            for rule in [node.rules[action]]
+        ]
+        # Others read all of this rank's in-slots but its own shard, and its own shard of the means.
+        nbytes = sum(bucket.mine.nbytes for bucket in buckets)
+        mine = nbytes // node.shards if reduces else 0
+        self.bytes_sent = (nbytes - mine if node.size > 1 else 0) + mine * (node.size - 1)
 
 
 class NodeLane:
@@ -56,47 +88,43 @@ class NodeLane:
     they lie: the shard that this rank reduces never goes through its in-slot, and is not copied out.
     """
 
-    def __init__(self, plan: Sequence[Bucket], node: Node, collective: Any, crossing: Crossing | None) -> None:
+    def __init__(self, plan: NodePlan, node: Node, collective: Any, crossing: Crossing | None) -> None:
         self.plan, self.node, self.collective, self.crossing = plan, node, collective, crossing
 
     def carry(self, cargo: Cargo) -> None:
         """Move all buckets."""
-        node, plan = self.node, self.plan
+        node, timeout = self.node, cargo.timeout
         here, between = weights_by_node(node.nodes, cargo.weights)
         if self.crossing is not None:
-            self.crossing.begin(between, cargo.timeout)
+            self.crossing.begin(between, timeout)
         weights = here[node.here]
         self._counts = weights is None or any(weights)  # else nobody reads this node's means
         self._weights, self._means = weights if self._counts else None, dict[str, Means]()
-        self._sources = _Memory(cargo.carriers)
-        self._targets = self._sources if cargo.results is cargo.carriers else _Memory(cargo.results)
-        delay = 0 if self.crossing is None else DELAY
-        actions = {"copy in": self._copy_in, "copy out": self._copy_out}
-        if node.index < node.shards:
-            actions |= {"reduce": self._reduce, "publish": self._publish}
-        before = node.begin(len(plan))
-        for action, k in schedule(len(plan), delay) if plan else ():
-            act = actions.get(action)
-            if act is None:  # this rank has no shard
-                continue
-            word, behind, tells = node.rules[action]
-            if word is not None:
-                node.wait(word, before + k + 1 - behind, cargo.timeout)
-            act(plan[k])
+        self._targets = _Memory(cargo.results, written=True)
+        self._sources = self._targets if cargo.results is cargo.carriers else _Memory(cargo.carriers)
+        actions = {
+            "copy in": self._copy_in,
+            "reduce": self._reduce,
+            "publish": self._publish,
+            "copy out": self._copy_out,
+        }
+        before = node.begin(len(self.plan.buckets))
+        for action, bucket, waits, least, tells, told in self.plan.steps:
+            if waits is not None:
+                node.wait(waits, before + least, timeout)
+            actions[action](bucket)
             if tells is not None:
-                node.tell(tells, before + k + 1)
-        # Others have read all of this rank's in-slots but its own shard, and its own shard of the means.
-        nbytes = sum(bucket.mine.nbytes for bucket in plan)
-        mine = nbytes // node.shards if node.index < node.shards else 0
-        self.collective.bytes_sent += (nbytes - mine if node.size > 1 else 0) + mine * (node.size - 1)
+                node.tell(tells, before + told)
+        self._targets.all_written()
+        self.collective.bytes_sent += self.plan.bytes_sent
 
     def _copy_in(self, bucket: Bucket) -> None:
-        source = self._sources.of(bucket)
+        source = self._sources.address(bucket)
         if source is None:
             bucket.pack(self._sources.carriers)
         else:
-            for begin, end, slot in bucket.theirs.given:
-                np.copyto(slot, source[begin:end])
+            for slot, begin, nbytes in bucket.theirs.given:
+                ctypes.memmove(slot, source + begin, nbytes)
         _points.reached("copied_in", bucket.number)
 
     def _reduce(self, bucket: Bucket) -> None:
@@ -104,26 +132,25 @@ class NodeLane:
         station, means = bucket.theirs, self._means_of(bucket)
         if not station.operands:
             station.operands = [means.operand(shard) for shard in station.shards]
-        shards, source = station.operands, self._sources.of(bucket)
-        if source is not None:
+        shards, own = station.operands, self._sources.shard(bucket, means)
+        if own is not None:
             shards = shards.copy()
-            shards[self.node.index] = means.operand(source[station.begin : station.end])
-        nbytes = station.end - station.begin
+            shards[self.node.index] = own
         if self.crossing is None:
             if station.target is None:
                 station.target = means.target(station.landing)
-            target = self._targets.of(bucket)
-            if target is None:
-                means.write(station.target, shards, nbytes)
-            else:  # there first, and from there to the slot: what lies in the slot is read by others at once
-                means.write(means.target(target[station.begin : station.end]), shards, nbytes, station.target)
+            result = own if self._targets is self._sources else self._targets.shard(bucket, means)
+            if result is None:
+                means.write(station.target, shards, station.nbytes)
+            else:  # there, and to the slot while it is in the cache
+                means.write(result, shards, station.nbytes, station.target)
         else:
 
             def local_mean(out: Any) -> None:
                 if self._counts:
-                    means.write(means.target(out), shards, nbytes)
+                    means.write(means.target(out), shards, station.nbytes)
 
-            self.crossing.over(bucket, nbytes, local_mean)
+            self.crossing.over(bucket, station.nbytes, local_mean)
         _points.reached("reduced", bucket.number)
 
     def _means_of(self, bucket: Bucket) -> Means:
@@ -134,45 +161,75 @@ class NodeLane:
         return means
 
     def _publish(self, bucket: Bucket) -> None:
-        if self.crossing is None:  # the mean is there since it was reduced
-            return
-        station, target = bucket.theirs, self._targets.of(bucket)
-        mean = self.crossing.back(draining=bucket.number + DELAY >= len(self.plan)).reshape(-1)
-        np.copyto(station.landing, mean)
+        assert self.crossing is not None
+        station, target = bucket.theirs, self._targets.address(bucket)
+        mean = self.crossing.back(draining=bucket.number + DELAY >= len(self.plan.buckets)).reshape(-1)
+        station.landing[...] = mean
         if target is not None:
-            np.copyto(target[station.begin : station.end], mean)
+            ctypes.memmove(target + station.begin, address_of(mean), station.nbytes)
 
     def _copy_out(self, bucket: Bucket) -> None:
         _points.reached("done", bucket.number)
-        target = self._targets.of(bucket)
+        target = self._targets.address(bucket)
         if target is None:
             bucket.unpack(self._targets.carriers)
         else:
-            for begin, end, slot in bucket.theirs.taken:
-                np.copyto(target[begin:end], slot)
-            self._targets.written(bucket)
+            for slot, begin, nbytes in bucket.theirs.taken:
+                ctypes.memmove(target + begin, slot, nbytes)
         _points.reached("copied_out", bucket.number)
 
 
+class _Place(NamedTuple):
+    """Where a leaf lies."""
+
+    address: int | None  # None: not in order, or out of reach
+    flat: Any  # its bytes
+    pointer: Any  # asked whether it still lies there, if it might not
+
+
 class _Memory:
-    """Where large leaves lie, found once for a call."""
+    """Where large leaves lie: found once for a call."""
 
-    def __init__(self, carriers: Sequence[Any]) -> None:
-        self.carriers = carriers
-        self._known: dict[int, Any] = {}
+    def __init__(self, carriers: Sequence[Any], *, written: bool = False) -> None:
+        self.carriers, self._are_written = carriers, written
+        self._places: dict[int, _Place] = {}
+        self._operands: dict[int, Any] = {}  # leaves as the kernel takes them
+        self._families: dict[int, Any] = {}
 
-    def of(self, bucket: Bucket) -> Any:
-        """Return the flat bytes of a leaf that a bucket is made of; None if it has none of its own, or not in order."""
+    def address(self, bucket: Bucket) -> int | None:
+        """Return where a bucket begins in a leaf of its own; None if it has none, or not in order."""
         if bucket.own is None:
             return None
-        family, leaf, begin, end = bucket.own
-        if leaf not in self._known:
-            self._known[leaf] = family.as_bytes(self.carriers[leaf])
-        flat = self._known[leaf]
-        return None if flat is None else flat[begin:end]
+        family, leaf, begin, _ = bucket.own
+        place = self._places.get(leaf)
+        if place is None or (place.pointer is not None and place.pointer(self.carriers[leaf]) != place.address):
+            place = self._find(family, leaf)
+        return None if place.address is None else place.address + begin
 
-    def written(self, bucket: Bucket) -> None:
-        """Tell a leaf's framework that it has been written to."""
-        assert bucket.own is not None
-        family, leaf, *_ = bucket.own
-        family.written(self.carriers[leaf])
+    def shard(self, bucket: Bucket, means: Means) -> Any:
+        """Return this rank's shard of a bucket there, as the kernel takes it; None if it does not lie there."""
+        if self.address(bucket) is None:
+            return None
+        _, leaf, begin, _ = bucket.own  # type: ignore[misc]
+        operand = self._operands.get(leaf)
+        if operand is None:
+            operand = self._operands[leaf] = means.operand(self._places[leaf].flat)
+        return means.part(operand, begin + bucket.theirs.begin, begin + bucket.theirs.end)
+
+    def _find(self, family: Family, leaf: int) -> _Place:
+        flat = family.as_bytes(self.carriers[leaf])
+        self._operands.pop(leaf, None)
+        if flat is None:
+            place = _Place(None, None, None)
+        else:
+            place = _Place(address_of(flat), flat, family.pointer)
+            if self._are_written:
+                family.written(self.carriers[leaf])
+                self._families[leaf] = family
+        self._places[leaf] = place
+        return place
+
+    def all_written(self) -> None:
+        """Tell once more that leaves have been written to: their framework may have looked at them meanwhile."""
+        for leaf, family in self._families.items():
+            family.written(self.carriers[leaf])

@@ -46,14 +46,14 @@ def schedule(buckets: int, delay: int = 0) -> Iterator[tuple[str, int]]:
     """Yield what a rank does in one call: (action, bucket). Who has no shard neither reduces nor publishes.
 
     ``delay`` is how many rounds a bucket takes to cross to other nodes and back. Without other nodes, what is reduced
-    is published at once.
+    need not be published: it goes to the out-slot.
     """
     for k in range(buckets + delay + 2):
         if k < buckets:
             yield "copy in", k
         if 1 <= k <= buckets:
             yield "reduce", k - 1
-        if 1 + delay <= k <= buckets + delay:
+        if delay and 1 + delay <= k <= buckets + delay:
             yield "publish", k - 1 - delay
         if 2 + delay <= k:
             yield "copy out", k - 2 - delay
@@ -67,7 +67,7 @@ class Rule(NamedTuple):
     tells: int | None  # the word that comes to k + 1
 
 
-def rules(index: int, size: int, shards: int) -> dict[str, Rule]:
+def rules(index: int, size: int, shards: int, *, crossing: bool) -> dict[str, Rule]:
     """Return the rule of each action of rank ``index`` of a node's ``size``, of which the first ``shards`` reduce.
 
     Most slots are free by themselves: who sees that a rank has filled bucket k knows that it has reduced k - 2, and,
@@ -77,7 +77,7 @@ def rules(index: int, size: int, shards: int) -> dict[str, Rule]:
     some_have_none, has_none = size > shards, index >= shards
     return {
         "copy in": Rule(READ if has_none else None, SLOTS, FILLED),
-        "reduce": Rule(FILLED, 0, READ if some_have_none else None),
+        "reduce": Rule(FILLED, 0, DONE if not crossing else READ if some_have_none else None),
         "publish": Rule(TAKEN if some_have_none else None, SLOTS, DONE),
         "copy out": Rule(DONE, 0, TAKEN if has_none else None),
     }
@@ -95,7 +95,7 @@ class Node:
         self.index, self.size = members.index(transport.rank), len(members)
         self.shards = min(map(len, nodes))
         self.rows = self.shards * len(nodes)  # of a bucket
-        self.rules = rules(self.index, self.size, self.shards)
+        self.rules = rules(self.index, self.size, self.shards, crossing=len(nodes) > 1)
         self.slot_bytes = (len(memory[0]) - HEADER) // (2 * SLOTS)
         self.channel: Rows | None = None
         if len(nodes) > 1 and self.index < self.shards:
@@ -104,6 +104,9 @@ class Node:
         self._rank, self._group_size = transport.rank, transport.size
         self._memory = memory
         self._meetings, self._buckets, self._closed, self._pid = 0, 0, False, os.getpid()
+        lock = threading.Lock()  # of one thread at a time, as all of this
+        lock.acquire()
+        self._release, self._acquire = lock.release, lock.acquire
         words = [[buffer[APART * i : APART * i + 8].view(np.int64) for i in range(1 + TAKEN)] for buffer in memory]
         self._words = words[self.index]
         counted = {READ: range(self.shards), DONE: range(self.shards), TAKEN: range(self.shards, self.size)}  # by whom
@@ -150,7 +153,8 @@ class Node:
 
     def tell(self, word: int, count: int) -> None:
         """Let others see how far this rank has come."""
-        fence()  # what was written to slots is there before the word says so
+        self._release()  # a fence, which is a release and then an acquire: what was written to slots is there before
+        self._acquire()  # the word says so
         self._words[word][0] = count
 
     def wait(self, word: int, count: int, timeout: float) -> None:
@@ -164,7 +168,8 @@ class Node:
             if theirs.item() < count:
                 self._wait_for_all(word, count, Patience(timeout))
                 break
-        fence()  # and nothing is read from slots before it has said so
+        self._release()  # and nothing is read from slots before it has said so
+        self._acquire()
 
     def _wait_for_all(self, word: int, count: int, patience: Patience) -> None:
         for peer, theirs in self._others[word]:
@@ -211,16 +216,3 @@ def _close(pidfds: Sequence[int], pid: int) -> None:
     if os.getpid() == pid:
         for pidfd in pidfds:
             os.close(pidfd)
-
-
-_OF_THREAD = threading.local()
-
-
-def fence() -> None:
-    """Order the memory accesses before and after: a release, followed by an acquire."""
-    lock = getattr(_OF_THREAD, "lock", None)
-    if lock is None:
-        lock = _OF_THREAD.lock = threading.Lock()
-        lock.acquire()
-    lock.release()
-    lock.acquire()

@@ -7,7 +7,7 @@ or NumPy array that shares the leaf's memory (complex numbers appear as pairs al
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 __all__ = ["EXPANDED", "Family", "Leaf", "is_expanded", "memory_span", "type_name"]
@@ -30,6 +30,7 @@ class Family:
     """How to read, make and name one kind of leaf. Abstract: each kind has its own of what is not implemented here."""
 
     mutable = True  # False: even a donated leaf is replaced by a new object
+    pointer: Callable[[Any], int] | None = None  # where a carrier lies now, if its memory may be freed meanwhile
 
     def exact(self) -> Family:
         """Return the family that has the same leaves as bits, for whom their dtypes mean nothing.

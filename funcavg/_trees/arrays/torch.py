@@ -16,6 +16,8 @@ __all__ = ["DTensors", "Tensors", "wrap_local_tensor"]
 
 
 class Tensors(Family):
+    pointer = staticmethod(torch.Tensor.data_ptr)  # a storage may be resized, as FSDP does
+
     def exact(self) -> Family:
         return ExactTensors()
 
