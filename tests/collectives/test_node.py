@@ -407,7 +407,7 @@ def without(rank, names, broken):
     result = average({"w": np.full(3, float(rank))}, timeout=20)["w"].tolist()
     average(1.0)
     node = session_of(as_collective())._node
-    memory = [line for line in Path("/proc/self/maps").read_text().splitlines() if "funcavg" in line]
+    memory = [line for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:funcavg" in line]
     return result, node and node.nodes, lines, len(memory)
 
 
@@ -472,7 +472,7 @@ def forks(rank):
             average(1.0)
         except RuntimeError as error:
             os.write(writer, str(error).encode())
-        inherited = "funcavg" in Path("/proc/self/maps").read_text()
+        inherited = "memfd:funcavg" in Path("/proc/self/maps").read_text()
         os.write(writer, b" INHERITED" if inherited else b" clean")
         os._exit(0)
     os.close(writer)
@@ -638,8 +638,8 @@ def small_slots(rank):
     discovery.slot_bytes = lambda sizes: 4096
     leaves = [torch.arange(10_000.0) + rank, np.arange(7777.0) * rank, torch.full((33, 77), float(rank)).T]
     result = average(leaves, timeout=20)
-    plan = session_of(as_collective())._plans
-    assert max(len(buckets) for buckets in plan.values()) > 20
+    plans = session_of(as_collective())._plans
+    assert max(len(plan.buckets) for plan in plans.values()) > 20
     return (
         torch.equal(result[0], torch.arange(10_000.0) + 1),
         np.array_equal(result[1], np.arange(7777.0)),
