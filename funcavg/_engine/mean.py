@@ -106,7 +106,7 @@ class Means:
             self._call(self._plan, self._pack(*shards), out, also, nbytes)
             return
         length = nbytes // shards[0].itemsize
-        if length <= BLOCK and length == len(out) == len(shards[0]) == len(shards[-1]):  # slicing costs
+        if length == len(out) <= BLOCK and all([len(shard) == length for shard in shards]):  # slicing costs
             self._write_block(out, shards)
             if also is not None:
                 also[:length] = out
