@@ -32,16 +32,18 @@ def reach_agreement(request: Request, collective: Collective) -> Agreement:
     session = session_of(collective)
     purpose, seconds = request.options.purpose, request.options.seconds(collective)
     with _spending(session, collective, purpose):
-        outcome = session.confirm(seconds) or agree(collective, _claim(request), seconds, session.gather, purpose)
+        claim = _claim(request, collective.size)
+        outcome = session.confirm(seconds) or agree(collective, claim, seconds, session.gather, purpose)
     if isinstance(outcome, Exception):  # every rank raises it, so the group stays usable
         raise outcome
     return outcome
 
 
-def _claim(request: Request) -> Claim:
+def _claim(request: Request, size: int) -> Claim:
     """Return what this rank brings; where its kernel is not the one that its user asks for, that mistake."""
     try:
-        kernel_in_use()
+        if size > 1:  # one alone sums nothing
+            kernel_in_use()
     except (RuntimeError, ValueError) as mistake:
         return request.claim._replace(error=request.claim.error or mistake)
     return request.claim

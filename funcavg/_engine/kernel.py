@@ -142,9 +142,6 @@ class BlockSum:
     def _call(self, name: str, memory: Bytes, *numbers: float) -> None:
         found = library(self._element)
         assert found is not None
-        if len(memory) != len(self._total) * ITEMSIZES[self._element]:
-            elements = f"{len(self._total)} elements of {self._element}"
-            raise ValueError(f"a block of {len(memory)} bytes, after one of {elements}")
         kept = [address(array) for array in (self._total, self._first, self._flags)]
         getattr(found, name)(_plan_of(found, self._element), address(memory), *numbers, *kept, len(memory))
 

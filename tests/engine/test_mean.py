@@ -351,7 +351,7 @@ def test_memory_of_other_lengths_is_refused():
             mean_into(out, shards, None, "float32", into, also)
     sums = Sums("float32")
     sums.add(eight, 1.0)
-    with pytest.raises(ValueError, match=r"block|shape|broadcast"):
+    with pytest.raises(ValueError, match="expected length"):
         sums.add(four, 1.0)
-    with pytest.raises(ValueError, match=r"block|shape|broadcast"):
+    with pytest.raises(ValueError, match="expected length"):
         sums.mean_into(four, 1.0)
