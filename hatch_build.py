@@ -71,6 +71,8 @@ class KernelHook(BuildHookInterface):  # type: ignore[type-arg]
         self._made = Path(tempfile.mkdtemp(prefix="funcavg-"))
         library = root / LIBRARY if version == "editable" else self._made / "libkernel.so"
         problem = build(root / SOURCE, library)
+        if problem:
+            shutil.rmtree(self._made)
         if problem and setting == "require":
             raise RuntimeError(f"FUNCAVG_KERNEL=require, but the C kernel was not built: {problem}")
         if problem:

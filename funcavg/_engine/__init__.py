@@ -1,8 +1,9 @@
 """Ranks agree, then bytes move, then one kernel averages them.
 
 `engine.py` is the way of a call: agree (`agree.py`), cut leaves into buckets (`buckets.py`), carry these over a
-transport (`lanes.py`) or through a host's memory (`node_lane.py`), sum (`mean.py`). `session.py` is what is remembered
-of a group, `flight.py` a call in the background. `several.py` is the mean of several trees without a group.
+transport (`lanes.py`) or through a host's memory (`node_lane.py`), sum (`mean.py`: in C by `kernel.py`, else by
+`arithmetic.py`). `session.py` is what is remembered of a group, `flight.py` a call in the background. `several.py` is
+the mean of several trees without a group.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from funcavg._engine.agree import Agreement
 from funcavg._engine.buckets import host_memory
 from funcavg._engine.engine import carry_out, compare, gather, move, reach_agreement
 from funcavg._engine.flight import Flight, Handle
+from funcavg._engine.kernel import kernel_in_use
 from funcavg._engine.mean import mean_into, tensor_mean_into
 from funcavg._engine.session import same_configuration, session_of
 from funcavg._engine.several import InTurn, means_of
@@ -24,6 +26,7 @@ __all__ = [
     "compare",
     "gather",
     "host_memory",
+    "kernel_in_use",
     "mean_into",
     "means_of",
     "move",

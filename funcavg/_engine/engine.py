@@ -12,11 +12,12 @@ from funcavg._engine.buckets import make_plan
 from funcavg._engine.copies import CopyLane, DeviceCopyLane, NodeCopyLane, StageSlots
 from funcavg._engine.device_slots import DEVICE_BUCKET
 from funcavg._engine.digests import digests_of, ranks_that_differ
+from funcavg._engine.kernel import kernel_in_use
 from funcavg._engine.lanes import Cargo, DeviceLane, Lane
 from funcavg._engine.node_lane import NodeLane, NodePlan
 from funcavg._engine.session import Session, nothing_is_late, session_of
 from funcavg._errors import PeerLostError
-from funcavg._trees import Layout, Options, Request
+from funcavg._trees import Claim, Layout, Options, Request
 from funcavg.collectives.base import Collective
 
 __all__ = ["carry_out", "compare", "gather", "move", "reach_agreement"]
@@ -32,10 +33,21 @@ def reach_agreement(request: Request, collective: Collective) -> Agreement:
     session = session_of(collective)
     purpose, seconds = request.options.purpose, request.options.seconds(collective)
     with _spending(session, collective, purpose):
-        outcome = session.confirm(seconds) or agree(collective, request.claim, seconds, session.gather, purpose)
+        claim = _claim(request, collective.size)
+        outcome = session.confirm(seconds) or agree(collective, claim, seconds, session.gather, purpose)
     if isinstance(outcome, Exception):  # every rank raises it, so the group stays usable
         raise outcome
     return outcome
+
+
+def _claim(request: Request, size: int) -> Claim:
+    """Return what this rank brings; where its kernel is not the one that its user asks for, that mistake."""
+    try:
+        if size > 1:  # one alone sums nothing
+            kernel_in_use()
+    except (RuntimeError, ValueError) as mistake:
+        return request.claim._replace(error=request.claim.error or mistake)
+    return request.claim
 
 
 def gather(payload: bytes, collective: Collective, options: Options, purpose: str) -> list[bytes]:

@@ -52,6 +52,8 @@ enum { BLOCK = 1024 };                         /* elements: all that is kept of 
 
 static const double SMALL = 1.0 / 18446744073709551616.0; /* 2**-64, exact to multiply by: see arithmetic.py */
 
+static const double ONES[] = {1, 1, 1, 1};
+
 /* What is prepared once for many means. */
 struct means {
     int64_t count;
@@ -147,14 +149,43 @@ INLINE void narrow_body(int into, char *out, const float *numbers, size_t length
 
 /* ---- Sums ---- */
 
-INLINE void add_floats(double *total, const char *shard, double weight, int begin, size_t length)
+INLINE double number_at(int from, const char *p, size_t i)
+{
+    return from == BFLOAT16 ? from_bfloat16(half_at(p, i)) : float_at(p, i);
+}
+
+/* Add `count` shards, which is 1 to 4, in one pass; with `begin` they are the first. */
+INLINE void add_together(int from, int count, int weighted, int begin, double *total, const char *const *shards,
+                         const double *weights, size_t length)
+{
+    const char *a = shards[0], *b = shards[count > 1 ? 1 : 0], *c = shards[count > 2 ? 2 : 0];
+    const char *d = shards[count > 3 ? 3 : 0];
+    double wa = weighted ? weights[0] : 1, wb = weighted && count > 1 ? weights[1] : 1;
+    double wc = weighted && count > 2 ? weights[2] : 1, wd = weighted && count > 3 ? weights[3] : 1;
+    EACH
+    for (size_t i = 0; i < length; i++) {
+        double sum = number_at(from, a, i) * wa;
+        if (!begin) sum = total[i] + sum;
+        if (count > 1) sum += number_at(from, b, i) * wb;
+        if (count > 2) sum += number_at(from, c, i) * wc;
+        if (count > 3) sum += number_at(from, d, i) * wd;
+        total[i] = sum;
+    }
+}
+
+INLINE void add_floats(int from, int weighted, double *total, const char *const *shards, const double *weights,
+                       int count, int begin, size_t length)
 {
     if (begin) {
-        for (size_t i = 0; i < length; i++) total[i] = float_at(shard, i) * weight;
-    } else if (weight == 1.0) {
-        for (size_t i = 0; i < length; i++) total[i] += float_at(shard, i);
+        if (count == 1) add_together(from, 1, weighted, 1, total, shards, weights, length);
+        else if (count == 2) add_together(from, 2, weighted, 1, total, shards, weights, length);
+        else if (count == 3) add_together(from, 3, weighted, 1, total, shards, weights, length);
+        else add_together(from, 4, weighted, 1, total, shards, weights, length);
+    } else if (count == 4) {
+        add_together(from, 4, weighted, 0, total, shards, weights, length);
     } else {
-        for (size_t i = 0; i < length; i++) total[i] += float_at(shard, i) * weight;
+        for (int k = 0; k < count; k++)
+            add_together(from, 1, weighted, 0, total, shards + k, weights + k, length);
     }
 }
 
@@ -195,56 +226,119 @@ INLINE void add_doubles(struct sums sums, const char *shard, double weight, int 
         flags[i] &= double_at(shard, i) == double_at(sums.first, i) ? EQUAL | SCALED : SCALED;
 }
 
-INLINE void add_body(int from, struct sums sums, const char *shard, double weight, int begin, size_t length,
-                     void (*widen)(int, float *, const char *, size_t))
+/* Add 1 to 4 shards. */
+INLINE void add_body(int from, struct sums sums, const char *const *shards, const double *weights, int weighted,
+                     int count, int begin, size_t length, void (*widen)(int, float *, const char *, size_t))
 {
-    float numbers[BLOCK];
+    float numbers[4][BLOCK];
+    const char *wider[4];
     if (from == FLOAT64) {
-        add_doubles(sums, shard, weight, begin, length);
-    } else if (from == FLOAT32) {
-        add_floats(sums.total, shard, weight, begin, length);
+        for (int k = 0; k < count; k++) add_doubles(sums, shards[k], weights[k], begin && k == 0, length);
+        return;
+    }
+    if (from == FLOAT16) {
+        for (int k = 0; k < count; k++) {
+            widen(from, numbers[k], shards[k], length);
+            wider[k] = (const char *)numbers[k];
+        }
+        shards = wider;
+    }
+    if (from == BFLOAT16) {
+        if (weighted) add_floats(BFLOAT16, 1, sums.total, shards, weights, count, begin, length);
+        else add_floats(BFLOAT16, 0, sums.total, shards, weights, count, begin, length);
     } else {
-        widen(from, numbers, shard, length);
-        add_floats(sums.total, (const char *)numbers, weight, begin, length);
+        if (weighted) add_floats(FLOAT32, 1, sums.total, shards, weights, count, begin, length);
+        else add_floats(FLOAT32, 0, sums.total, shards, weights, count, begin, length);
+    }
+}
+
+/* Divide the sums. By a power of two that is a multiplication, with the same bits. */
+INLINE void divide(double *total, double norm, size_t length)
+{
+    uint64_t bits;
+    memcpy(&bits, &norm, 8);
+    if ((bits & (((uint64_t)1 << 52) - 1)) == 0 && norm >= 1 && norm <= 1e15) {
+        double inverse = 1 / norm;
+        for (size_t i = 0; i < length; i++) total[i] *= inverse;
+    } else {
+        for (size_t i = 0; i < length; i++) total[i] /= norm;
     }
 }
 
 /* The mean of float64 whose sum is larger than any number; it is not, but may be rounded so. */
-INLINE double mean_of_large(double total, double norm)
+INLINE double mean_of_large(double small)
 {
-    double mean = total / norm;
-    mean = mean > DBL_MAX * SMALL && is_finite(mean) ? DBL_MAX * SMALL : mean;
-    mean = mean < -DBL_MAX * SMALL && is_finite(mean) ? -DBL_MAX * SMALL : mean;
-    return mean / SMALL;
+    small = small > DBL_MAX * SMALL && is_finite(small) ? DBL_MAX * SMALL : small;
+    small = small < -DBL_MAX * SMALL && is_finite(small) ? -DBL_MAX * SMALL : small;
+    return small / SMALL;
 }
 
 INLINE void write_body(int into, char *out, struct sums sums, double norm, size_t length,
                        void (*narrow)(int, char *, const float *, size_t))
 {
     float numbers[BLOCK];
-    const double *total = sums.total;
+    double *mean = sums.total;
+    divide(mean, norm, length);
     if (into == FLOAT32) {
-        for (size_t i = 0; i < length; i++) put_float(out, i, (float)(total[i] / norm));
+        EACH
+        for (size_t i = 0; i < length; i++) put_float(out, i, (float)mean[i]);
     } else if (into != FLOAT64) {
-        for (size_t i = 0; i < length; i++) numbers[i] = to_odd_float(total[i] / norm);
+        for (size_t i = 0; i < length; i++) numbers[i] = to_odd_float(mean[i]);
         narrow(into, out, numbers, length);
     } else {
         const uint8_t *flags = sums.flags;
         int scaled = 0;
         for (size_t i = 0; i < length; i++) scaled |= flags[i] & SCALED;
-        if (scaled) {
-            for (size_t i = 0; i < length; i++) {
-                double mean = flags[i] & SCALED ? mean_of_large(total[i], norm) : total[i] / norm;
-                put_double(out, i, flags[i] & EQUAL ? double_at(sums.first, i) : mean);
-            }
-        } else {
-            EACH
-            for (size_t i = 0; i < length; i++) {
-                double mean = total[i] / norm, first = double_at(sums.first, i);
-                put_double(out, i, flags[i] ? first : mean);
-            }
+        for (size_t i = 0; scaled && i < length; i++)
+            if (flags[i] & SCALED) mean[i] = mean_of_large(mean[i]);
+        EACH
+        for (size_t i = 0; i < length; i++) {
+            double first = double_at(sums.first, i);
+            put_double(out, i, flags[i] & EQUAL ? first : mean[i]);
         }
     }
+}
+
+/* The mean of 1 to 4 shards of float64 in one pass, to other memory. Returns whether all are finite: where one is not,
+ * its sum may be too large, and the block is to be done again with struct sums. */
+INLINE int mean_of_doubles(int count, double *mean, const char *const *shards, const double *weights, double norm,
+                           size_t length)
+{
+    const char *a = shards[0], *b = shards[count > 1 ? 1 : 0], *c = shards[count > 2 ? 2 : 0];
+    const char *d = shards[count > 3 ? 3 : 0];
+    double wa = weights[0], wb = weights[count > 1 ? 1 : 0], wc = weights[count > 2 ? 2 : 0];
+    double wd = weights[count > 3 ? 3 : 0];
+    int finite = 1;
+    EACH
+    for (size_t i = 0; i < length; i++) {
+        double x = double_at(a, i), sum = x * wa;
+        int equal = x != 0; /* zeros have signs */
+        if (count > 1) {
+            sum += double_at(b, i) * wb;
+            equal &= double_at(b, i) == x;
+        }
+        if (count > 2) {
+            sum += double_at(c, i) * wc;
+            equal &= double_at(c, i) == x;
+        }
+        if (count > 3) {
+            sum += double_at(d, i) * wd;
+            equal &= double_at(d, i) == x;
+        }
+        sum /= norm;
+        finite &= (sum >= -DBL_MAX) & (sum <= DBL_MAX);
+        mean[i] = equal ? x : sum;
+    }
+    return finite;
+}
+
+INLINE int doubles_body(int count, double *mean, const char *const *shards, const double *weights, double norm,
+                        size_t length)
+{
+    if (count == 1) return mean_of_doubles(1, mean, shards, weights, norm, length);
+    if (count == 2) return mean_of_doubles(2, mean, shards, weights, norm, length);
+    if (count == 3) return mean_of_doubles(3, mean, shards, weights, norm, length);
+    return mean_of_doubles(4, mean, shards, weights, norm, length);
 }
 
 /* ---- Two shards of the same weight ---- */
@@ -292,14 +386,19 @@ INLINE void halve_float16(char *out, const char *one, const char *other, size_t 
 
 /* The mean of a block. The sums are complete before anything is written: `out` may be one of the shards. */
 #define LEVEL(target, name)                                                                                           \
-    target static void add_##name(int from, struct sums sums, const char *shard, double weight, int begin,           \
-                                  size_t length)                                                                      \
+    target static void add_##name(int from, struct sums sums, const char *const *shards, const double *weights,       \
+                                  int weighted, int count, int begin, size_t length)                                  \
     {                                                                                                                 \
-        add_body(from, sums, shard, weight, begin, length, widen_##name);                                             \
+        add_body(from, sums, shards, weights, weighted, count, begin, length, widen_##name);                          \
     }                                                                                                                 \
     target static void write_##name(int into, char *out, struct sums sums, double norm, size_t length)                \
     {                                                                                                                 \
         write_body(into, out, sums, norm, length, narrow_##name);                                                     \
+    }                                                                                                                 \
+    target static int doubles_##name(int count, double *mean, const char *const *shards, const double *weights,       \
+                                     double norm, size_t length)                                                      \
+    {                                                                                                                 \
+        return doubles_body(count, mean, shards, weights, norm, length);                                              \
     }                                                                                                                 \
     target static void halve_##name(int from, char *out, const char *one, const char *other, size_t length)           \
     {                                                                                                                 \
@@ -367,16 +466,17 @@ WITH_AVX2 static void halve_float16_avx2(char *out, const char *one, const char 
 LEVEL(WITH_AVX2, avx2)
 #endif
 
-static void add(int level, int from, struct sums sums, const char *shard, double weight, int begin, size_t length)
+static void add(int level, int from, struct sums sums, const char *const *shards, const double *weights, int weighted,
+                int count, int begin, size_t length)
 {
 #if X86
     if (level == AVX2) {
-        add_avx2(from, sums, shard, weight, begin, length);
+        add_avx2(from, sums, shards, weights, weighted, count, begin, length);
         return;
     }
 #endif
     (void)level;
-    add_baseline(from, sums, shard, weight, begin, length);
+    add_baseline(from, sums, shards, weights, weighted, count, begin, length);
 }
 
 static void write_mean(int level, int into, char *out, struct sums sums, double norm, size_t length)
@@ -389,6 +489,16 @@ static void write_mean(int level, int into, char *out, struct sums sums, double 
 #endif
     (void)level;
     write_baseline(into, out, sums, norm, length);
+}
+
+static int mean_of_few_doubles(int level, int count, double *mean, const char *const *shards, const double *weights,
+                               double norm, size_t length)
+{
+#if X86
+    if (level == AVX2) return doubles_avx2(count, mean, shards, weights, norm, length);
+#endif
+    (void)level;
+    return doubles_baseline(count, mean, shards, weights, norm, length);
 }
 
 static void halve(int level, int from, char *out, const char *one, const char *other, size_t length)
@@ -455,6 +565,19 @@ int32_t funcavg_level(void)
     return BASELINE;
 }
 
+/* Write a block of the mean of a few shards of float64, if none of it is too large; return whether it is written. */
+static int few_doubles(const struct means *means, double *mean, const void *const *shards, char *target, size_t start,
+                       size_t size)
+{
+    const char *parts[4];
+    const double *weights = means->weights ? means->weights : ONES;
+    if (means->from != FLOAT64 || means->count > 4) return 0;
+    for (int k = 0; k < (int)means->count; k++) parts[k] = (const char *)shards[k] + start * sizeof(double);
+    if (!mean_of_few_doubles(means->level, (int)means->count, mean, parts, weights, means->norm, size)) return 0;
+    memcpy(target, mean, size * sizeof(double));
+    return 1;
+}
+
 /* Write the mean of shards of `nbytes` each to `out`, which may be one of them, and to `also` if it is not NULL. */
 void funcavg_mean(const struct means *means, const void *const *shards, void *out, void *also, size_t nbytes)
 {
@@ -469,11 +592,14 @@ void funcavg_mean(const struct means *means, const void *const *shards, void *ou
         char *target = (char *)out + start * into;
         if (pair) {
             halve(means->level, means->from, target, first, (const char *)shards[1] + start * from, size);
-        } else {
+        } else if (!few_doubles(means, total, shards, target, start, size)) {
             struct sums sums = {total, first, flags};
-            for (int64_t k = 0; k < means->count; k++) {
-                const char *shard = (const char *)shards[k] + start * from;
-                add(means->level, means->from, sums, shard, means->weights ? means->weights[k] : 1.0, k == 0, size);
+            for (int64_t k = 0; k < means->count; k += 4) {
+                int few = means->count - k < 4 ? (int)(means->count - k) : 4;
+                const char *parts[4];
+                const double *weights = means->weights ? means->weights + k : ONES;
+                for (int m = 0; m < few; m++) parts[m] = (const char *)shards[k + m] + start * from;
+                add(means->level, means->from, sums, parts, weights, means->weights != NULL, few, k == 0, size);
             }
             write_mean(means->level, means->into, target, sums, means->norm, size);
         }
@@ -496,7 +622,8 @@ void funcavg_add(const struct means *means, const void *shard, double weight, in
             sums.first = (const char *)first + start * from;
             sums.flags = flags + start;
         }
-        add(means->level, means->from, sums, (const char *)shard + start * from, weight, begin, size);
+        const char *part = (const char *)shard + start * from;
+        add(means->level, means->from, sums, &part, &weight, weight != 1.0, 1, begin, size);
     }
     end_exact(before);
 }

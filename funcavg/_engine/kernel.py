@@ -78,11 +78,11 @@ def choose(environ: Mapping[str, str], path: Path = LIBRARY) -> tuple[Library | 
     (None, 'NumPy and torch (FUNCAVG_KERNEL=off)')
     >>> choose({"FUNCAVG_KERNEL": "on"})
     Traceback (most recent call last):
-    ValueError: average: FUNCAVG_KERNEL must be off or require, or not be set, got 'on'
+    ValueError: FUNCAVG_KERNEL must be off or require, or not be set, got 'on'
     """
     setting = environ.get("FUNCAVG_KERNEL", "")
     if setting.lower() not in ("", "off", "require"):
-        raise ValueError(f"average: FUNCAVG_KERNEL must be off or require, or not be set, got {setting!r}")
+        raise ValueError(f"FUNCAVG_KERNEL must be off or require, or not be set, got {setting!r}")
     if setting.lower() == "off":
         return None, f"NumPy and torch (FUNCAVG_KERNEL={setting})"
     try:
@@ -90,7 +90,7 @@ def choose(environ: Mapping[str, str], path: Path = LIBRARY) -> tuple[Library | 
     except OSError as error:
         if setting:
             cure = "install funcavg where there is a C compiler, or unset FUNCAVG_KERNEL"
-            raise ImportError(f"average: FUNCAVG_KERNEL={setting}, but the C kernel is {error}: {cure}") from error
+            raise RuntimeError(f"FUNCAVG_KERNEL={setting}, but the C kernel is {error}: {cure}") from error
         return None, f"NumPy and torch (the C kernel is {error})"
     return loaded, LEVELS[loaded.level]
 
@@ -142,8 +142,6 @@ class BlockSum:
     def _call(self, name: str, memory: Bytes, *numbers: float) -> None:
         found = library(self._element)
         assert found is not None
-        if len(memory) != len(self._total) * ITEMSIZES[self._element]:
-            raise ValueError(f"a block of {len(memory)} bytes after one of another length")
         kept = [address(array) for array in (self._total, self._first, self._flags)]
         getattr(found, name)(_plan_of(found, self._element), address(memory), *numbers, *kept, len(memory))
 

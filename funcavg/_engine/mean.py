@@ -1,5 +1,7 @@
 """The kernel: one shard from every rank in, their mean out, summed in wide precision.
 
+This module says what is summed; `kernel.c` does it, where it was built, and else NumPy and torch (`arithmetic.py`).
+
 Leaves of 32 bits and fewer are summed in float64 and rounded once, so that
 
     |result - mean| <= 1/2 ulp(result) + N * 2**-53 * mean|x|
@@ -113,7 +115,7 @@ class Means:
             self._call(self._plan, self._pack(*shards), out, also, nbytes)
             return
         length = nbytes // shards[0].itemsize
-        if length <= BLOCK and length == len(out) == len(shards[0]) == len(shards[-1]):  # slicing costs
+        if length == len(out) <= BLOCK and all([len(shard) == length for shard in shards]):  # slicing costs
             self._write_block(out, shards)
             if also is not None:
                 also[:length] = out
@@ -143,7 +145,7 @@ class Sums:
 
     def __init__(self, element: str, *, on_device: bool = False) -> None:
         self._view: Callable[[Any, str], Any]
-        self._element, self._length = element, DEVICE_BLOCK if on_device else BLOCK
+        self._element, self._length, self._size = element, DEVICE_BLOCK if on_device else BLOCK, 0
         self._in_c = not on_device and library(element) is not None
         if self._in_c:
             self._view, self._length = (lambda memory, _: memory), BLOCK * ITEMSIZES[element]
@@ -153,7 +155,7 @@ class Sums:
 
     def add(self, shard: Any, weight: float) -> None:
         """Add a shard, which may be overwritten afterwards."""
-        array = self._view(shard, self._element)
+        array = self._viewed(shard)
         parts = [array[block] for block in blocks(len(array), self._length)]
         with np.errstate(all="ignore"):
             if self._sums:
@@ -162,6 +164,13 @@ class Sums:
             else:
                 self._sums = [self._sum_of(part, weight) for part in parts]
 
+    def _viewed(self, memory: Any) -> Any:
+        array = self._view(memory, self._element)
+        if self._sums and len(array) != self._size:
+            raise ValueError(f"sums of {self._element}: expected length {self._size}, as before, got {len(array)}")
+        self._size = len(array)
+        return array
+
     def _sum_of(self, part: Any, weight: float) -> ArraySum | TensorSum | BlockSum:
         if self._in_c:
             return BlockSum(part, weight, self._element)
@@ -169,7 +178,7 @@ class Sums:
 
     def mean_into(self, out: Any, norm: float) -> None:
         """Write the sums divided by that of the weights, and forget them."""
-        result = self._view(out, self._element)
+        result = self._viewed(out)
         with np.errstate(all="ignore"):
             for block in reversed(blocks(len(result), self._length)):
                 self._sums.pop().write(result[block], norm)

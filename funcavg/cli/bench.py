@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import funcavg
+from funcavg._engine import kernel_in_use
 from funcavg.cli import report, trees
 from funcavg.cli.checks import listening
 from funcavg.cli.environment import STARTED, CliError, choose_backend, cores, has, need
@@ -154,7 +155,8 @@ def measure(job: Job, args: argparse.Namespace) -> None:
 
 def _machine() -> str:
     threads = os.environ.get("OMP_NUM_THREADS", "unset")
-    return f"{platform.system()} {platform.machine()}, {cores()} core(s) for rank 0, OMP_NUM_THREADS {threads}"
+    system = f"{platform.system()} {platform.machine()}, {cores()} core(s) for rank 0"
+    return f"{system}, OMP_NUM_THREADS {threads}, means by {kernel_in_use()}"
 
 
 def _first_call(job: Job, row: Row, device: str) -> tuple[int | None, str]:

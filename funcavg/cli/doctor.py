@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 import funcavg
+from funcavg._engine import kernel_in_use
 from funcavg._errors import FuncavgError
 from funcavg.cli import checks, losses
 from funcavg.cli.environment import CliError, choose_backend, cores, rank_of
@@ -31,6 +32,7 @@ well, they alone decide whether ranks share memory, and rank 0 reports.
 JOB = "this job"
 SETTINGS = (
     "FUNCAVG_NODE",
+    "FUNCAVG_KERNEL",
     "FUNCAVG_MPI_GPU",
     "OMP_NUM_THREADS",
     "GLOO_SOCKET_IFNAME",
@@ -87,6 +89,10 @@ def _facts() -> Iterator[Finding]:
     python = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {cores()} core(s)"
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("numpy", "optree")]
     yield Finding("", "funcavg", "", ", ".join([funcavg.__version__, *versions, python]))
+    try:
+        yield Finding("", "kernel", "", kernel_in_use())
+    except (RuntimeError, ValueError) as error:
+        yield Finding("", "kernel", FAILED, str(error))
     launched = launched_ranks(os.environ)
     said = ", ".join(f"{name}={os.environ[name]}" for row in LAUNCHERS for name in row[:2] if name in os.environ)
     who = f"{launched[1]}, {launched[0]} ranks" if launched else "none: a single process"

@@ -1,5 +1,6 @@
 """The kernel: every dtype, rounded once."""
 
+import os
 import subprocess
 import sys
 
@@ -7,14 +8,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 from helpers.frameworks import skip_without, torch
-from helpers.trees import GPU, NUMPY_FLOATS, TORCH_FLOATS, assert_is_mean, bits, build, numpy_dtype
+from helpers.kernels import each_kernel, using
+from helpers.trees import GPU, NUMPY_FLOATS, TORCH_FLOATS, assert_is_mean, bits, build, limits_of, numpy_dtype
 from helpers.trees import Spec as S
 
 from funcavg._engine import arithmetic, mean
-from funcavg._engine.mean import Sums, mean_into, scaled, tensor_mean_into
+from funcavg._engine.mean import Means, Sums, mean_into, scaled, tensor_mean_into
 
 ELEMENTS = sorted({*NUMPY_FLOATS, *TORCH_FLOATS})
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
+on_both = pytest.mark.usefixtures(each_kernel.__name__)
 SMALL = [name for name in ELEMENTS if name != "longdouble" and numpy_dtype(name).itemsize == 1]
 
 
@@ -27,6 +30,7 @@ def kernel(arrays, weights=None, into=None):
     return out.view(dtype)
 
 
+@on_both
 @pytest.mark.parametrize("values", ["ordinary", "subnormal", "huge", "wide", "special"])
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize("element", ELEMENTS)
@@ -38,6 +42,7 @@ def test_keeps_the_bound(element, size, values):
         assert_is_mean(kernel(arrays, weights), arrays, weights)
 
 
+@on_both
 @pytest.mark.parametrize("into", [0, 1, 2])
 @pytest.mark.parametrize("element", ELEMENTS)
 def test_may_replace_any_shard(element, into):
@@ -49,6 +54,7 @@ def test_may_replace_any_shard(element, into):
                 np.testing.assert_array_equal(kernel(arrays, into=into), kernel(arrays))
 
 
+@on_both
 @pytest.mark.parametrize("element", SMALL)
 def test_every_pair_of_bytes(element):
     """All 65536 pairs of an 8-bit dtype and narrower: rounded once, never twice."""
@@ -59,6 +65,7 @@ def test_every_pair_of_bytes(element):
     np.testing.assert_array_equal(kernel([one, other]).astype(np.float64), exact.astype(one.dtype).astype(np.float64))
 
 
+@on_both
 @pytest.mark.parametrize("element", ["float16", "bfloat16"])
 def test_means_near_a_tie_are_rounded_once(element):
     """Means a hair off the middle between two neighbours: in float32, on the way, the hair is lost."""
@@ -69,6 +76,7 @@ def test_means_near_a_tie_are_rounded_once(element):
         assert kernel(arrays)[0] == 1 + steps * eps
 
 
+@on_both
 @pytest.mark.parametrize("element", ELEMENTS)
 @pytest.mark.parametrize("size", [2, 3, 5, 7])
 def test_equal_shards_come_back(element, size):
@@ -78,12 +86,14 @@ def test_equal_shards_come_back(element, size):
             assert bits(kernel([array] * size, weights)) == bits(array)
 
 
+@on_both
 def test_weights_of_any_magnitude():
     arrays = [np.array([1.0, 2.0, 1e300]), np.array([3.0, 4.0, 1e300]), np.full(3, np.nan)]
     for scale in (1.0, 1e-310, 1e300, np.finfo(float).max):
         np.testing.assert_allclose(kernel(arrays, [scale, scale / 3, 0.0]), [1.5, 2.5, 1e300], rtol=1e-13)
 
 
+@on_both
 def test_blocks_do_not_show(monkeypatch):
     arrays = [build(S("numpy", name, (13,), values="wide"), rank) for name in ("float32",) for rank in range(3)]
     whole = kernel(arrays)
@@ -91,6 +101,7 @@ def test_blocks_do_not_show(monkeypatch):
     np.testing.assert_array_equal(kernel(arrays), whole)
 
 
+@on_both
 def test_warns_of_nothing():
     """Infinities and NaN are the user's own business; warnings are errors here."""
     for name in ("float32", "float64", "float16", "bfloat16"):
@@ -117,6 +128,7 @@ def bits_but_of_nan(array):
     return strange.tobytes() + bits(array[~strange])
 
 
+@on_both
 @pytest.mark.parametrize("values", ["ordinary", "small integers", "subnormal", "huge", "wide", "special"])
 @pytest.mark.parametrize("element", ELEMENTS)
 def test_one_after_another_gives_the_same_bits(element, values, monkeypatch):
@@ -129,6 +141,7 @@ def test_one_after_another_gives_the_same_bits(element, values, monkeypatch):
                 assert bits_but_of_nan(one_after_another([arrays[0]] * size, weights)) == bits_but_of_nan(arrays[0])
 
 
+@on_both
 @pytest.mark.parametrize("element", SMALL)
 def test_every_pair_of_bytes_one_after_another(element):
     codes = np.arange(256, dtype=np.uint8)
@@ -136,6 +149,7 @@ def test_every_pair_of_bytes_one_after_another(element):
     assert bits_but_of_nan(one_after_another(pair)) == bits_but_of_nan(kernel(pair))
 
 
+@on_both
 @pytest.mark.parametrize("mean_of", [kernel, one_after_another])
 @pytest.mark.parametrize("element", ["float64", "longdouble"])
 def test_a_sum_that_overflows_costs_nobody_an_ulp(element, mean_of):
@@ -167,6 +181,7 @@ def test_a_sum_that_overflows_costs_nobody_an_ulp(element, mean_of):
     np.testing.assert_array_equal(mean_of(mixed), [np.inf, -np.inf, np.nan, np.nan])
 
 
+@on_both
 @pytest.mark.parametrize("element", ELEMENTS)
 def test_zeros_of_both_signs(element):
     """-0.0 == 0.0, yet their mean is the sum's zero, of however many."""
@@ -228,7 +243,7 @@ def test_weights_of_tensors(device, monkeypatch):
 
 
 def test_float16_and_bfloat16_without_torch():
-    """NumPy's own way for the same dtypes gives the same bits."""
+    """NumPy's own way for the same dtypes gives the same bits, and so does C."""
     skip_without("torch")
     code = """
 import ml_dtypes, numpy as np, sys
@@ -244,9 +259,13 @@ for name in ("float16", "bfloat16", "float8_e5m2"):
 assert "torch" not in sys.modules
 """
     with_torch = "import torch\n" + code.replace("assert", "#")
-    one, other = (subprocess.check_output([sys.executable, "-c", c], text=True) for c in (code, with_torch))
-    assert one == other
-    assert len(one.split()) == 9
+    runs = [("off", code), ("off", with_torch), ("", code)]
+    said = [
+        subprocess.check_output([sys.executable, "-c", text], text=True, env={**os.environ, "FUNCAVG_KERNEL": setting})
+        for setting, text in runs
+    ]
+    assert said[0] == said[1] == said[2]
+    assert len(said[0].split()) == 9
 
 
 def test_two_narrow_shards_under_a_default_device():
@@ -256,6 +275,83 @@ def test_two_narrow_shards_under_a_default_device():
     shards = [torch.full((9,), float(i)).bfloat16() for i in range(2)]
     out = torch.zeros(9, dtype=torch.bfloat16)
     arithmetic._OF_THREAD.__dict__.clear()
-    with torch.device("meta"):
+    with torch.device("meta"), using(None):
         mean_into(flat(out), [flat(shard) for shard in shards], None, "bfloat16")
     assert out.tolist() == [0.5] * 9
+
+
+@on_both
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("element", ["float16", "bfloat16", "float32", "float64"])
+def test_an_overflow_changes_no_neighbour(element, size):
+    """Of any bits, subnormal ones too, near the largest number or not."""
+    rng = np.random.default_rng(size)
+    dtype = numpy_dtype(element)
+    for weights in (None, [1.0 - 0.3 * rank for rank in range(size)]):
+        arrays = [rng.integers(0, 256, 999 * dtype.itemsize, np.uint8).view(dtype) for _ in range(size)]
+        before = kernel(arrays, weights)
+        for array in arrays:
+            array[500] = limits_of(dtype).max
+        after = kernel(arrays, weights)
+        assert after[500] == limits_of(dtype).max
+        before[500] = after[500]
+        assert bits_but_of_nan(after) == bits_but_of_nan(before)
+
+
+@on_both
+@pytest.mark.parametrize("into", [None, 0, 1, 2])
+@pytest.mark.parametrize("length", [1, 40, 2 * mean.BLOCK + 5])
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_a_mean_is_written_to_a_second_place_too(element, length, into):
+    for size in (2, 3):
+        arrays = [build(S("numpy", element, (length,)), rank) for rank in range(size)]
+        shards = [array.view(np.uint8).copy() for array in arrays]
+        name = "longdouble" if element == "longdouble" else arrays[0].dtype.name
+        out = np.zeros_like(shards[0]) if into is None or into >= size else shards[into]
+        also = np.zeros_like(shards[0])
+        mean_into(out, shards, None, name, also=also)
+        expected = kernel(arrays)
+        assert bits(also.view(expected.dtype)) == bits(out.view(expected.dtype)) == bits(expected)
+
+
+@on_both
+@pytest.mark.parametrize("element", ["float32", "bfloat16", "float64", "longdouble", "float8_e5m2"])
+def test_means_are_prepared_once(element):
+    """For buckets of several lengths, in memory that is looked at once."""
+    dtype = numpy_dtype(element)
+    for weights in (None, [2.0, 0.0, 1.0]):
+        means = Means(element, 3, weights)
+        memory = [np.zeros(70000 * dtype.itemsize, np.uint8) for _ in range(5)]
+        operands, targets = list(map(means.operand, memory[:3])), list(map(means.target, memory[3:]))
+        for length in (70000, 1, 2048):
+            arrays = [build(S("numpy", element, (length,), seed=length), rank) for rank in range(3)]
+            for part in memory[3:]:
+                part[...] = 7
+            for part, array in zip(memory, arrays, strict=False):
+                part[: array.nbytes] = array.view(np.uint8)
+            means.write(targets[0], operands, length * dtype.itemsize, targets[1])
+            for part in memory[3:]:
+                assert bits(part[: length * dtype.itemsize].view(dtype)) == bits(kernel(arrays, weights))
+                assert (part[length * dtype.itemsize :] == 7).all()
+            means.write(operands[1], operands, length * dtype.itemsize)
+            assert bits(memory[1][: length * dtype.itemsize].view(dtype)) == bits(kernel(arrays, weights))
+
+
+@on_both
+def test_memory_of_other_lengths_is_refused():
+    """The kernel in C would write beyond its end."""
+    four, eight = np.zeros(4, np.uint8), np.zeros(8, np.uint8)
+    for out, shards, into, also in [
+        (four, [eight, eight], "", None),
+        (eight, [eight, four], "", None),
+        (four, [four, four], "bfloat16", None),
+        (eight, [eight, eight], "", four),
+    ]:
+        with pytest.raises(ValueError, match="they and it have"):
+            mean_into(out, shards, None, "float32", into, also)
+    sums = Sums("float32")
+    sums.add(eight, 1.0)
+    with pytest.raises(ValueError, match="expected length"):
+        sums.add(four, 1.0)
+    with pytest.raises(ValueError, match="expected length"):
+        sums.mean_into(four, 1.0)

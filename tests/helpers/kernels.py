@@ -1,0 +1,43 @@
+"""The two kernels: what sums in C, and what sums in NumPy and torch. Tests of means run on both."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from funcavg._engine import kernel
+
+PYTHON = "NumPy and torch"
+LEVELS = range(len(kernel.LEVELS))
+
+
+def library_or_skip() -> kernel.Library:
+    """Return the C kernel; leave the test if there is none, unless FUNCAVG_KERNEL says that there must be one."""
+    found, which = kernel.choose(os.environ)
+    if found is None:
+        pytest.skip(which)
+    return found
+
+
+@contextmanager
+def using(found: kernel.Library | None, level: int | None = None) -> Iterator[None]:
+    """Let a kernel sum, in C at some level, or (None) in NumPy and torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "_chosen", lambda: (found, "a test's"))
+        if found is not None and level is not None:
+            patch.setattr(found, "level", level)
+            kernel._plan_of.cache_clear()
+        try:
+            yield
+        finally:
+            kernel._plan_of.cache_clear()
+
+
+@pytest.fixture(params=["C", PYTHON])
+def each_kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run a test on both kernels."""
+    with using(library_or_skip() if request.param == "C" else None):
+        yield request.param
