@@ -29,7 +29,7 @@ def bytes_at(address: int, nbytes: int, owner: Any) -> npt.NDArray[np.uint8]:
     return np.frombuffer(memory, np.uint8)
 
 
-def address_of(memory: npt.NDArray[np.uint8]) -> int:
+def address_of(memory: npt.NDArray[Any]) -> int:
     """Return where an array begins."""
     address: int = memory.__array_interface__["data"][0]
     return address

@@ -14,8 +14,9 @@ from funcavg._engine.device_slots import DEVICE_BUCKET
 from funcavg._engine.digests import digests_of, ranks_that_differ
 from funcavg._engine.kernel import kernel_in_use
 from funcavg._engine.lanes import Cargo, DeviceLane, Lane
-from funcavg._engine.node_lane import NodeLane, NodePlan
+from funcavg._engine.node_lane import NodeLane
 from funcavg._engine.session import Session, nothing_is_late, session_of
+from funcavg._engine.steps import NodePlan
 from funcavg._errors import PeerLostError
 from funcavg._trees import Claim, Layout, Options, Request
 from funcavg.collectives.base import Collective

@@ -43,7 +43,7 @@
 #define INLINE static inline
 #endif
 
-#define VERSION 1 /* of this interface: kernel.py has the same */
+#define VERSION 2 /* of this interface: kernel.py has the same */
 
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };  /* dtypes, as kernel.py numbers them */
 enum { BASELINE, AVX2 };                       /* levels */
@@ -70,6 +70,16 @@ struct sums {
     const char *first;
     uint8_t *flags;
 };
+
+/* What a rank does with a bucket in the memory of its node: a row of the table of steps.py. Addresses are numbers. */
+struct step {
+    int64_t action;
+    int64_t waits, least; /* a word, -1 for none, and what it must have come to at least */
+    int64_t tells, told;  /* a word, -1 for none, and what it comes to */
+    uint64_t to[2], from[2], sizes[2];          /* of COPY */
+    uint64_t means, shards, out, also, nbytes;  /* of MEAN: what funcavg_mean takes */
+};
+enum { PYTHON, COPY, MEAN }; /* actions */
 
 static const size_t SIZES[] = {4, 8, 2, 2};
 
@@ -545,6 +555,7 @@ VISIBLE int32_t funcavg_level(void);
 VISIBLE void funcavg_mean(const struct means *, const void *const *, void *, void *, size_t);
 VISIBLE void funcavg_add(const struct means *, const void *, double, int32_t, double *, void *, uint8_t *, size_t);
 VISIBLE void funcavg_write(const struct means *, void *, double, double *, const void *, uint8_t *, size_t);
+VISIBLE int64_t funcavg_steps(const struct step *, int64_t, int64_t, const uint64_t *, int64_t, int64_t);
 
 int32_t funcavg_version(void) { return VERSION; }
 
@@ -644,4 +655,43 @@ void funcavg_write(const struct means *means, void *out, double norm, double *to
         write_mean(means->level, means->into, (char *)out + start * into, sums, norm, size);
     }
     end_exact(before);
+}
+
+/* Words are read and written by other processes, and order what lies in slots. */
+#if defined(__GNUC__)
+#define WORDS 1
+static int64_t word_at(uint64_t address) { return __atomic_load_n((const int64_t *)(uintptr_t)address, __ATOMIC_ACQUIRE); }
+static void put_word(uint64_t address, int64_t x) { __atomic_store_n((int64_t *)(uintptr_t)address, x, __ATOMIC_RELEASE); }
+#else
+#define WORDS 0
+static int64_t word_at(uint64_t address) { (void)address; return -1; }
+static void put_word(uint64_t address, int64_t x) { (void)address; (void)x; }
+#endif
+
+static void *pointer(uint64_t address) { return (void *)(uintptr_t)address; }
+
+/* Go through steps from `position` to `end`, as far as others have come; return where it has stopped. Counts are of
+ * this call: `before` it others have counted so far. A row of `words`, one for each word, has `width` numbers: where
+ * this rank's own lies, how many others count it, and where theirs lie. */
+int64_t funcavg_steps(const struct step *steps, int64_t position, int64_t end, const uint64_t *words, int64_t width,
+                      int64_t before)
+{
+    for (; WORDS && position < end; position++) {
+        const struct step *step = steps + position;
+        if (step->action == PYTHON) return position;
+        if (step->waits >= 0) {
+            const uint64_t *row = words + step->waits * width;
+            for (uint64_t k = 0; k < row[1]; k++)
+                if (word_at(row[2 + k]) < before + step->least) return position;
+        }
+        if (step->action == COPY) {
+            for (int k = 0; k < 2; k++)
+                if (step->sizes[k]) memcpy(pointer(step->to[k]), pointer(step->from[k]), (size_t)step->sizes[k]);
+        } else {
+            funcavg_mean(pointer(step->means), pointer(step->shards), pointer(step->out), pointer(step->also),
+                         (size_t)step->nbytes);
+        }
+        if (step->tells >= 0) put_word(words[step->tells * width], before + step->told);
+    }
+    return position;
 }

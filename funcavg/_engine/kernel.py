@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 __all__ = ["BlockSum", "Library", "address", "choose", "kernel_in_use", "library"]
 
-VERSION = 1  # of the interface: kernel.c has the same
+VERSION = 2  # of the interface: kernel.c has the same
 LIBRARY = Path(__file__).with_name("libkernel.so")  # hatch_build.py puts it there
 DTYPES = {"float32": 0, "float64": 1, "bfloat16": 2, "float16": 3}  # as kernel.c numbers them
 ITEMSIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
@@ -57,6 +57,9 @@ class Library:
         self.add.argtypes = [address, address, number, ctypes.c_int32, address, address, address, nbytes]
         self.write.argtypes = [address, address, number, address, address, address, nbytes]
         self.mean.restype = self.add.restype = self.write.restype = None
+        self.steps = loaded.funcavg_steps
+        self.steps.argtypes = [address, ctypes.c_int64, ctypes.c_int64, address, ctypes.c_int64, ctypes.c_int64]
+        self.steps.restype = ctypes.c_int64
         self.level: int = loaded.funcavg_level()
         loaded.funcavg_source.restype = ctypes.c_uint32
         self.source: int = loaded.funcavg_source()  # a checksum of the source that it was built from

@@ -77,17 +77,19 @@ class Means:
 
     def __init__(self, element: str, count: int, weights: Sequence[float] | None = None, into: str = "") -> None:
         into = into or element
-        self._kept, self._weights = _kept_and_scaled(count, weights)
-        self._norm = sum(self._weights or [1.0] * len(self._kept))
-        self._element, self._into, self._every = element, into, len(self._kept) == count
+        self.kept, self._weights = _kept_and_scaled(count, weights)  # the numbers of shards that count
+        self._norm = sum(self._weights or [1.0] * len(self.kept))
+        self._element, self._into, self._every = element, into, len(self.kept) == count
+        self.in_c = 0  # where `struct means` lies, if the kernel in C knows the dtypes
         self._library = library(element, into)
         if self._library is None:
             self._view = viewer(into if element == "float32" else element)
-            self._pair = len(self._kept) == 2 and self._weights is None and into == element and element in WIDE_ENOUGH
+            self._pair = len(self.kept) == 2 and self._weights is None and into == element and element in WIDE_ENOUGH
             self._scratch = np.empty(0)
         else:
-            plan = self._library.plan(element, into, len(self._kept), self._weights, self._norm)
-            self._call, self._plan, self._pack = self._library.mean, ctypes.byref(plan), packer(len(self._kept))
+            plan = self._library.plan(element, into, len(self.kept), self._weights, self._norm)
+            self._call, self._plan, self._pack = self._library.mean, ctypes.byref(plan), packer(len(self.kept))
+            self.in_c = ctypes.addressof(plan)
 
     def operand(self, memory: Bytes) -> Any:
         """Return a shard as `write` takes it, to be used as long as the memory lives."""
@@ -110,7 +112,7 @@ class Means:
         ``out`` may be the memory of one of the shards.
         """
         if not self._every:
-            shards = [shards[k] for k in self._kept]
+            shards = [shards[k] for k in self.kept]
         if self._library is not None:
             self._call(self._plan, self._pack(*shards), out, also, nbytes)
             return

@@ -4,81 +4,22 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from funcavg import _points
-from funcavg._engine.buckets import Bucket, make_plan
+from funcavg._engine.buckets import Bucket
 from funcavg._engine.crossing import DELAY, Crossing, weights_by_node
 from funcavg._engine.lanes import Cargo
 from funcavg._engine.mean import Means, wide
+from funcavg._engine.steps import NodePlan, Place
 from funcavg._memory import address_of
-from funcavg._trees import Family, Leaf
-from funcavg.collectives.node import Node, schedule
+from funcavg._trees import Family
+from funcavg.collectives.node import Node
 
-__all__ = ["NodeLane", "NodePlan"]
+__all__ = ["NodeLane"]
 
-
-class _Station:
-    """Where a bucket lies in a node's memory: views and addresses that are made once for a plan."""
-
-    def __init__(self, node: Node, everyone: Sequence[Any], out: Any, row_bytes: int) -> None:
-        shard = len(node.nodes) * row_bytes
-        self.begin = min(node.index, node.shards) * shard  # of the shard that this rank reduces, if it has one
-        self.end = min(node.index + 1, node.shards) * shard
-        self.nbytes = self.end - self.begin
-        self.shards = [slot[self.begin : self.end] for slot in everyone]
-        self.landing = out[self.begin : self.end]
-        self.operands: list[Any] = []  # the shards, as the kernel takes them
-        self.target: Any = None  # and where their mean goes
-        others = [(begin, end) for begin, end in ((0, self.begin), (self.end, len(out))) if begin < end]
-        mine, means = address_of(everyone[node.index]), address_of(out)
-        self.given = [(mine + begin, begin, end - begin) for begin, end in others]
-        self.taken = [(means + begin, begin, end - begin) for begin, end in others]
-
-
-class _NodeSlots:
-    """The slots of a node's shared memory, as plans see them."""
-
-    apart = True
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
-
-    def lend(self, number: int, rows: int, nbytes: int) -> tuple[Any, _Station, Any]:
-        """Return this rank's in-slot, its station, and the out-slot: so many rows of ``nbytes``."""
-        everyone, out = self._node.slots(number)
-        everyone, out = [slot[: rows * nbytes] for slot in everyone], out[: rows * nbytes]
-        station = _Station(self._node, everyone, out, nbytes)
-        return everyone[self._node.index].reshape(rows, nbytes), station, out.reshape(rows, nbytes)
-
-
-class _Step(NamedTuple):
-    """What is done with a bucket, what it waits for, and what it makes known: counts are of this call."""
-
-    action: str
-    bucket: Bucket
-    waits: int | None
-    least: int
-    tells: int | None
-    told: int
-
-
-class NodePlan:
-    """Leaves, (number, family, leaf) each, in buckets of a node's slots, and what this rank does with them in turn."""
-
-    def __init__(self, node: Node, leaves: Sequence[tuple[int, Family, Leaf]]) -> None:
-        buckets = self.buckets = make_plan(leaves, node.rows, _NodeSlots(node), node.slot_bytes)
-        reduces = node.index < node.shards
-        self.steps = [
-            _Step(action, buckets[k], rule.waits, k + 1 - rule.behind, rule.tells, k + 1)
-            for action, k in schedule(len(buckets), DELAY if len(node.nodes) > 1 else 0)
-            if reduces or action not in ("reduce", "publish")
-            for rule in [node.rules[action]]
-        ]
-        # Others read all of this rank's in-slots but its own shard, and its own shard of the means.
-        nbytes = sum(bucket.mine.nbytes for bucket in buckets)
-        mine = nbytes // node.shards if reduces else 0
-        self.bytes_sent = (nbytes - mine if node.size > 1 else 0) + mine * (node.size - 1)
+BEFORE = {"reduce": "arrived", "copy out": "done"}  # the points of a step
+AFTER = {"copy in": "copied_in", "reduce": "reduced", "copy out": "copied_out"}
 
 
 class NodeLane:
@@ -93,7 +34,7 @@ class NodeLane:
 
     def carry(self, cargo: Cargo) -> None:
         """Move all buckets."""
-        node, timeout = self.node, cargo.timeout
+        node, plan, table, timeout = self.node, self.plan, self.plan.table, cargo.timeout
         here, between = weights_by_node(node.nodes, cargo.weights)
         if self.crossing is not None:
             self.crossing.begin(between, timeout)
@@ -108,28 +49,51 @@ class NodeLane:
             "publish": self._publish,
             "copy out": self._copy_out,
         }
-        before = node.begin(len(self.plan.buckets))
-        for action, bucket, waits, least, tells, told in self.plan.steps:
+        watched = _points.are_watched()
+        self._fill()
+        position, before = 0, node.begin(len(plan.buckets))
+        while position < len(plan.steps):
+            action, bucket, waits, least, tells, told = plan.steps[position]
             if waits is not None:
                 node.wait(waits, before + least, timeout)
-            actions[action](bucket)
-            if tells is not None:
-                node.tell(tells, before + told)
+            if watched and action in BEFORE:
+                _points.reached(BEFORE[action], bucket.number)
+            following = position
+            if table is not None:
+                if any([self._have_moved(leaf) for leaf in table.touched(position)]):
+                    self._fill()
+                following = table.run(position, before, one=watched)
+            if following == position:
+                actions[action](bucket)
+                if tells is not None:
+                    node.tell(tells, before + told)
+                following += 1
+            if watched and action in AFTER:
+                _points.reached(AFTER[action], bucket.number)
+            position = following
         self._targets.all_written()
-        self.collective.bytes_sent += self.plan.bytes_sent
+        self.collective.bytes_sent += plan.bytes_sent
+
+    def _fill(self) -> None:
+        if self.plan.table is not None:
+            leaves = self.plan.table.leaves
+            sources = [self._sources.find(family, leaf).address for leaf, family in leaves.items()]
+            targets = [self._targets.find(family, leaf).address for leaf, family in leaves.items()]
+            self.plan.table.fill(sources, targets, self._weights, self._means_of)
+
+    def _have_moved(self, leaf: int) -> bool:
+        return self._sources.has_moved(leaf) or (self._targets is not self._sources and self._targets.has_moved(leaf))
 
     def _copy_in(self, bucket: Bucket) -> None:
         source = self._sources.address(bucket)
-        if source is None:
+        if not source:
             bucket.pack(self._sources.carriers)
         else:
             for slot, begin, nbytes in bucket.theirs.given:
                 ctypes.memmove(slot, source + begin, nbytes)
-        _points.reached("copied_in", bucket.number)
 
     def _reduce(self, bucket: Bucket) -> None:
-        _points.reached("arrived", bucket.number)
-        station, means = bucket.theirs, self._means_of(bucket)
+        station, means = bucket.theirs, self._means_of(bucket.element)
         if not station.operands:
             station.operands = [means.operand(shard) for shard in station.shards]
         shards, own = station.operands, self._sources.shard(bucket, means)
@@ -151,13 +115,12 @@ class NodeLane:
                     means.write(means.target(out), shards, station.nbytes)
 
             self.crossing.over(bucket, station.nbytes, local_mean)
-        _points.reached("reduced", bucket.number)
 
-    def _means_of(self, bucket: Bucket) -> Means:
-        means = self._means.get(bucket.element)
+    def _means_of(self, element: str) -> Means:
+        means = self._means.get(element)
         if means is None:
-            into = "" if self.crossing is None else wide(bucket.element)
-            means = self._means[bucket.element] = Means(bucket.element, self.node.size, self._weights, into)
+            into = "" if self.crossing is None else wide(element)
+            means = self._means[element] = Means(element, self.node.size, self._weights, into)
         return means
 
     def _publish(self, bucket: Bucket) -> None:
@@ -165,26 +128,16 @@ class NodeLane:
         station, target = bucket.theirs, self._targets.address(bucket)
         mean = self.crossing.back(draining=bucket.number + DELAY >= len(self.plan.buckets)).reshape(-1)
         station.landing[...] = mean
-        if target is not None:
+        if target:
             ctypes.memmove(target + station.begin, address_of(mean), station.nbytes)
 
     def _copy_out(self, bucket: Bucket) -> None:
-        _points.reached("done", bucket.number)
         target = self._targets.address(bucket)
-        if target is None:
+        if not target:
             bucket.unpack(self._targets.carriers)
         else:
             for slot, begin, nbytes in bucket.theirs.taken:
                 ctypes.memmove(target + begin, slot, nbytes)
-        _points.reached("copied_out", bucket.number)
-
-
-class _Place(NamedTuple):
-    """Where a leaf lies."""
-
-    address: int | None  # None: not in order, or out of reach
-    flat: Any  # its bytes
-    pointer: Any  # asked whether it still lies there, if it might not
 
 
 class _Memory:
@@ -192,42 +145,45 @@ class _Memory:
 
     def __init__(self, carriers: Sequence[Any], *, written: bool = False) -> None:
         self.carriers, self._are_written = carriers, written
-        self._places: dict[int, _Place] = {}
+        self._places: dict[int, Place] = {}
         self._operands: dict[int, Any] = {}  # leaves as the kernel takes them
-        self._families: dict[int, Any] = {}
+        self._families: dict[int, Family] = {}
 
-    def address(self, bucket: Bucket) -> int | None:
-        """Return where a bucket begins in a leaf of its own; None if it has none, or not in order."""
-        if bucket.own is None:
-            return None
-        family, leaf, begin, _ = bucket.own
+    def find(self, family: Family, leaf: int) -> Place:
+        """Return where a leaf lies; raise RuntimeError if its memory has been freed."""
         place = self._places.get(leaf)
-        if place is None or (place.pointer is not None and place.pointer(self.carriers[leaf]) != place.address):
-            place = self._find(family, leaf)
-        return None if place.address is None else place.address + begin
+        if place is not None and not self.has_moved(leaf):
+            return place
+        flat = family.as_bytes(self.carriers[leaf])
+        place = Place(0, None, None) if flat is None else Place(address_of(flat), flat, family.pointer)
+        if flat is not None and self._are_written:
+            family.written(self.carriers[leaf])
+            self._families[leaf] = family
+        self._operands.pop(leaf, None)
+        self._places[leaf] = place
+        return place
+
+    def has_moved(self, leaf: int) -> bool:
+        """Say whether a leaf lies elsewhere than when it was found."""
+        place = self._places[leaf]
+        return place.pointer is not None and place.pointer(self.carriers[leaf]) != place.address
+
+    def address(self, bucket: Bucket) -> int:
+        """Return where a bucket begins in a leaf of its own; 0 if it has none, or not in order."""
+        if bucket.own is None:
+            return 0
+        family, leaf, begin, _ = bucket.own
+        place = self.find(family, leaf)
+        return place.address and place.address + begin
 
     def shard(self, bucket: Bucket, means: Means) -> Any:
         """Return this rank's shard of a bucket there, as the kernel takes it; None if it does not lie there."""
-        if self.address(bucket) is None:
+        if not self.address(bucket):
             return None
         _, leaf, begin, _ = bucket.own  # type: ignore[misc]
-        operand = self._operands.get(leaf)
-        if operand is None:
-            operand = self._operands[leaf] = means.operand(self._places[leaf].flat)
-        return means.part(operand, begin + bucket.theirs.begin, begin + bucket.theirs.end)
-
-    def _find(self, family: Family, leaf: int) -> _Place:
-        flat = family.as_bytes(self.carriers[leaf])
-        self._operands.pop(leaf, None)
-        if flat is None:
-            place = _Place(None, None, None)
-        else:
-            place = _Place(address_of(flat), flat, family.pointer)
-            if self._are_written:
-                family.written(self.carriers[leaf])
-                self._families[leaf] = family
-        self._places[leaf] = place
-        return place
+        if leaf not in self._operands:
+            self._operands[leaf] = means.operand(self._places[leaf].flat)
+        return means.part(self._operands[leaf], begin + bucket.theirs.begin, begin + bucket.theirs.end)
 
     def all_written(self) -> None:
         """Tell once more that leaves have been written to: their framework may have looked at them meanwhile."""

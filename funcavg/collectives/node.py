@@ -27,8 +27,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from funcavg._errors import PeerLostError
+from funcavg._memory import address_of
 from funcavg.collectives.base import Buffer
 from funcavg.collectives.rows import Patience, Rows
 from funcavg.collectives.segment import HEADER, WORDS
@@ -124,6 +126,14 @@ class Node:
         everyone = [memory[begin : begin + nbytes] for memory in self._memory]
         begin += SLOTS * self.slot_bytes
         return everyone, self._memory[0][begin : begin + nbytes]
+
+    def words(self) -> npt.NDArray[np.uint64]:
+        """Return a row for each word: where this rank's own lies, how many others count it, and where theirs lie."""
+        rows = np.zeros((len(self._words), 1 + self.size), np.uint64)
+        for word, own in enumerate(self._words):
+            others = [address_of(theirs) for _, theirs in self._others[word]]
+            rows[word, : 2 + len(others)] = [address_of(own), len(others), *others]
+        return rows
 
     def gather(self, payload: bytes, timeout: float) -> list[bytes]:
         """Return every rank's payload: in memory, but where there are other nodes, or the header has no room for it."""

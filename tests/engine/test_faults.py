@@ -198,7 +198,7 @@ def assert_all_went_well(ranks, mode, action, timeout, *, closes, always=False):
 def is_needed(mode, point, last):
     """Say whether others need something more of a rank that has come to a point of a call."""
     if mode == "node":  # where nobody is ahead by more than two buckets
-        return point not in ("done", "copied_out") or not last
+        return point not in ("reduced", "done", "copied_out") or not last
     return point not in ("done", "copied_out") and not (point in ("reduced", "arrived") and last)
 
 
