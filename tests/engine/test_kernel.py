@@ -83,39 +83,72 @@ def test_every_half_with_64_others(element, size, weights, level):
         np.testing.assert_array_equal(mean_of(found, level, shards, given_weights, element), expected)
 
 
-@st.composite
-def shards_of(draw, element, length, size):
-    """Draw shards of any bits, of ordinary numbers, of tiny ones, and of the largest, or all equal."""
+KINDS = ["any bits", "ordinary", "equal", "zeros", "tiny", "largest", "some are largest", "NaN"]
+
+
+def shards_of(kind, element, length, size, seed):
+    """Return shards of any bits, or of numbers of which something is special."""
+    dtype, rng = numpy_dtype(element), np.random.default_rng(seed)
+    unsigned = np.dtype(f"u{dtype.itemsize}")
+    sign = np.array(1 << (8 * dtype.itemsize - 1), unsigned)
+    any_bits = [rng.integers(0, 256, length * dtype.itemsize, np.uint8).view(unsigned) for _ in range(size)]
+    if kind == "ordinary":
+        return [rng.normal(size=length).astype(dtype).view(np.uint8) for _ in range(size)]
+    if kind == "equal":
+        return [any_bits[0].view(np.uint8)] * size
+    if kind == "zeros":
+        any_bits = [bits & sign for bits in any_bits]
+    elif kind == "tiny":  # about as many are subnormal as are not
+        any_bits = [bits & (sign | tiny_bits(element)) for bits in any_bits]
+    elif kind in ("largest", "some are largest"):
+        top = np.array([limits_of(dtype).max], dtype).view(unsigned)
+        for bits in any_bits:
+            largest = (top - rng.integers(0, 3, length).astype(unsigned)) | (bits & sign)
+            bits[...] = np.where(rng.random(length) < 0.02, largest, bits) if kind != "largest" else largest
+        if kind == "largest" and seed % 2:  # of one sign: all sums overflow
+            any_bits = [bits & ~sign for bits in any_bits]
+    elif kind == "NaN":  # whose last bits are set, too: rounding must not carry into the sign
+        any_bits = [np.where(bits & 1, ~np.zeros_like(bits) ^ (bits & sign), bits) for bits in any_bits]
+    return [bits.view(np.uint8) for bits in any_bits]
+
+
+def tiny_bits(element):
+    """Return the bits that subnormal numbers may have, and the lowest of an exponent."""
     dtype = numpy_dtype(element)
-    rng = np.random.default_rng(draw(st.integers(0, 9999)))
-    kind = draw(st.sampled_from(["bits", "ordinary", "tiny", "largest", "mixed"]))
-    shards = []
-    for _ in range(size):
-        bits = rng.integers(0, 256, length * dtype.itemsize, np.uint8)
-        numbers = bits.view(f"u{dtype.itemsize}")
-        if kind == "ordinary":
-            bits = rng.normal(size=length).astype(dtype).view(np.uint8)
-        elif kind == "tiny":
-            numbers &= np.array([limits_of(dtype).smallest_normal], dtype).view(numbers.dtype) * 3
-        elif kind in ("largest", "mixed"):
-            top = int(np.array([limits_of(dtype).max], dtype).view(numbers.dtype)[0])
-            signs = rng.integers(0, 2, length).astype(numbers.dtype) << (8 * dtype.itemsize - 1)
-            largest = (top - rng.integers(0, 3, length)).astype(numbers.dtype) | signs
-            numbers[...] = largest if kind == "largest" else np.where(rng.random(length) < 0.02, largest, numbers)
-        shards.append(bits)
-    return [shards[0]] * size if draw(st.integers(0, 5)) == 0 else shards
+    return np.array([limits_of(dtype).smallest_normal], dtype).view(f"u{dtype.itemsize}")[0] * 2 - 1
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 9])
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_all_kinds_of_numbers(pair, size, kind):
+    found, (element, into) = library_or_skip(), pair
+    rng = np.random.default_rng(size)
+    for seed in range(4):
+        shards = shards_of(kind, element, 1100, size, seed)
+        for weights in (None, list(rng.uniform(0.1, 1, size))):
+            expected = mean_of(None, None, shards, weights, element, into)
+            for level in LEVELS:
+                got = mean_of(found, level, shards, weights, element, into)
+                np.testing.assert_array_equal(got, expected)
+
+
+drawn = st.builds(
+    shards_of,
+    st.shared(st.sampled_from(KINDS), key="kind"),
+    st.shared(st.sampled_from(list(DTYPES)), key="element"),
+    st.one_of(st.integers(1, 70), st.integers(1000, 1050), st.sampled_from([2048, 3001])),
+    st.integers(1, 6),
+    st.integers(0, 9999),
+)
 WEIGHTS = st.sampled_from([0.0, 1.0, 1.0, 0.3, 2.7, 1e-300, 5e-324, 1e300, np.finfo(float).max])
-lengths = st.one_of(st.integers(1, 70), st.integers(1000, 1050), st.sampled_from([2048, 3001]))
 
 
 @examples
-@given(pair=st.sampled_from(PAIRS), size=st.integers(1, 6), length=lengths, data=st.data())
-def test_the_same_bits_as_numpy_and_torch(pair, size, length, data):
-    element, into = pair
-    found = library_or_skip()
-    shards = data.draw(shards_of(element, length, size))
+@given(element=st.shared(st.sampled_from(list(DTYPES)), key="element"), shards=drawn, data=st.data())
+def test_any_weights_lengths_and_addresses(element, shards, data):
+    found, size = library_or_skip(), len(shards)
+    into = data.draw(st.sampled_from([into for one, into in PAIRS if one == element]))
     weights = data.draw(st.none() | st.lists(WEIGHTS, min_size=size, max_size=size).filter(any))
     expected = mean_of(None, None, shards, weights, element, into)
     out = data.draw(st.none() | st.integers(0, size - 1)) if element == into else None
@@ -126,11 +159,10 @@ def test_the_same_bits_as_numpy_and_torch(pair, size, length, data):
 
 
 @examples
-@given(element=st.sampled_from(list(DTYPES)), size=st.integers(1, 6), length=lengths, data=st.data())
-def test_one_after_another_too(element, size, length, data):
+@given(element=st.shared(st.sampled_from(list(DTYPES)), key="element"), shards=drawn, data=st.data())
+def test_one_after_another_too(element, shards, data):
     """Between two shards the sums may be copied, and go on apart."""
-    found = library_or_skip()
-    shards = data.draw(shards_of(element, length, size))
+    found, size = library_or_skip(), len(shards)
     weights = data.draw(st.lists(WEIGHTS.filter(bool), min_size=size, max_size=size))
     scales = scaled(weights)
     results = []
@@ -155,12 +187,8 @@ def test_one_after_another_too(element, size, length, data):
 def test_denormal_numbers_are_never_flushed(pair, level):
     """Whatever the thread's mode, which is as before afterwards."""
     found, (element, into) = library_or_skip(), pair
-    bits = np.random.default_rng(0)
-    dtype = numpy_dtype(element)
-    tiny = np.array([limits_of(dtype).smallest_normal], dtype).view(f"u{dtype.itemsize}") * 3
-    for size, weights in [(2, None), (3, None), (3, [1.0, 0.5, 2.0])]:
-        drawn = [bits.integers(0, 1 << 62, 1500, np.uint64).astype(tiny.dtype) & tiny for _ in range(size)]
-        shards = [numbers.view(np.uint8) for numbers in drawn]
+    for size, weights in [(2, None), (3, None), (3, [1.0, 0.5, 0.3])]:
+        shards = shards_of("tiny", element, 1500, size, 0)
         expected = mean_of(found, level, shards, weights, element, into)
         if not torch.set_flush_denormal(True):
             pytest.skip("this processor cannot flush denormal numbers")
