@@ -475,12 +475,33 @@ def test_bench_averages_a_named_tree_of_another_dtype():
 
 
 @pytest.mark.mpi
-def test_bench_over_mpi_of_what_mpi_does_not_sum():
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_bench_over_mpi_of_what_libraries_need_not_sum(dtype):
     skip_without("torch")
-    args = ("bench", "--backend", "mpi", "--tree", "thousand-small", "--dtype", "bfloat16", "--turns", "1", "--json")
+    args = ("bench", "--backend", "mpi", "--tree", "thousand-small", "--dtype", dtype, "--turns", "1", "--json")
     result, found = measured(mpi.mpiexec(0, "-m", "funcavg", *args))
+    sums = "from mpi4py import MPI; import numpy; MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, numpy.ones(1, numpy.float16))"
+    if dtype == "float16" and mpi.mpiexec(0, "-c", sums).returncode == 0:
+        assert set(found) == TORCH
+        return
     assert set(found) == TORCH - {"one all-reduce of a flat buffer", "one all-reduce per leaf"}
-    assert any("has no sum of bfloat16" in note for note in result["notes"])
+    assert any(f"has no sum of {dtype}" in note for note in result["notes"])
+
+
+@pytest.mark.mpi
+def test_a_library_that_does_not_sum_float16():
+    code = """
+from funcavg.cli import jobs
+job = jobs.MPIJob()
+def refuse(*args):
+    raise KeyError("e")
+class Library:
+    COMM_SELF, IN_PLACE, Exception = type("Comm", (), {"Allreduce": refuse}), None, job._mpi.Exception
+job._mpi = Library
+print(job.sums("float16"), job.sums("float32"))
+"""
+    done = mpi.mpiexec(0, "-c", code)
+    assert (done.returncode, done.stdout) == (0, "False True\n"), done.stderr
 
 
 @pytest.mark.mpi
