@@ -6,7 +6,6 @@ import argparse
 import ctypes
 import json
 import os
-import platform
 import random
 import statistics
 import time
@@ -16,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import funcavg
-from funcavg._engine import kernel_in_use
-from funcavg.cli import report, trees
+from funcavg.cli import machine, report, trees
 from funcavg.cli.checks import listening
-from funcavg.cli.environment import STARTED, CliError, choose_backend, cores, has, need
+from funcavg.cli.environment import STARTED, CliError, choose_backend, has, need
 from funcavg.cli.files import READERS
 from funcavg.cli.jobs import AgreedError, Job, agree, connect
-from funcavg.cli.rows import FLOOR, NOTHING, Row, make_rows, node_setting
+from funcavg.cli.rows import ALONE, BASES, FLOOR, Row, make_rows, node_setting
 from funcavg.cli.start import start
 from funcavg.collectives import as_collective, launched_ranks
 
@@ -36,6 +34,7 @@ Alone, it starts two ranks on this machine. In a job it takes the job's ranks: `
 rows:
   nothing but the barriers         what is in the times of all rows
   memcpy                           a copy of the tree's bytes, by all ranks at once: the floor
+  memcpy, rank 0 alone             while the others wait: what one rank has when it shares no memory bandwidth
   one all-reduce of a flat buffer  the library's own sum of as many bytes, without packing or division
   one all-reduce per leaf          the same, leaf by leaf
   torch's averager                 PeriodicModelAverager of torch.distributed, over Gloo or NCCL
@@ -53,6 +52,9 @@ WARM_UP = 2  # turns that are not counted
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("--tree", default="resnet50", help=f"{', '.join(trees.NAMED)}, or a file: {', '.join(READERS)}")
+    parser.add_argument(
+        "--dtype", choices=trees.DTYPES, metavar="NAME", help=f"of a named tree: {', '.join(trees.DTYPES)} (float32)"
+    )
     parser.add_argument("--ranks", type=int, default=2, help="ranks to start, where no launcher has (default: 2)")
     parser.add_argument("--turns", type=int, default=15, help="turns that are counted (default: 15)")
     parser.add_argument(
@@ -91,11 +93,12 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> trees.Spec:
     """Read the tree, and raise CliError for what this machine cannot do, before anything takes time."""
     report.check_plot(args.plot)
-    return trees.read(args.tree)
+    return trees.read(args.tree, args.dtype)
 
 
 def measure(job: Job, args: argparse.Namespace) -> None:
     """Time all rows on the job's ranks; rank 0 prints."""
+    found_here = machine.describe()  # before the run, which is a load itself
     libraries = [has(library) for library in ("torch", "jax", "mpi4jax")]  # which decide the rows
     options = [args.turns, args.rows, args.leaves, args.device]
     spec = agree(job, lambda: _check(args), lambda spec: (spec, libraries, options))
@@ -107,7 +110,7 @@ def measure(job: Job, args: argparse.Namespace) -> None:
             chosen = [row for row in rows if any(word in row.name for word in args.rows)]
             if not chosen:
                 raise AgreedError(f"no row has one of {args.rows} in its name: {'; '.join(row.name for row in rows)}")
-            rows = [row for row in rows if row.name in (NOTHING, FLOOR) or row in chosen]
+            rows = [row for row in rows if row.name in BASES or row in chosen]
         calls = (1 + WARM_UP + args.turns) * len(rows)
         progress = resources.enter_context(report.progress(calls, unit="call", shown=job.rank == 0))
         first = {}
@@ -121,12 +124,14 @@ def measure(job: Job, args: argparse.Namespace) -> None:
         job.close()
     if job.rank != 0:
         return
+    medians = {name: statistics.median(found) for name, found in times.items()}
     found = [
         {
             "name": row.name,
-            "median_ms": statistics.median(times[row.name]),
+            "median_ms": medians[row.name],
             "quartiles_ms": _quartiles(times[row.name]),
-            "GB_per_s": spec.nbytes / 1e6 / statistics.median(times[row.name]),
+            "memcpys": medians[row.name] / medians[FLOOR],
+            "GB_per_s": spec.nbytes / 1e6 / medians[row.name],
             "bytes_sent": sent[row.name],
             "bytes_sent_is": "counted" if row.group is not None else "computed",
             "extra_bytes": first[row.name][0],
@@ -137,8 +142,18 @@ def measure(job: Job, args: argparse.Namespace) -> None:
     ]
     result = {
         "funcavg": funcavg.__version__,
-        "machine": _machine(),
-        "tree": {"name": spec.name, "leaves": len(spec.leaves), "left_out": spec.left_out, "bytes": spec.nbytes},
+        "machine": found_here,
+        "memcpy_GB_per_s": {
+            "rank 0 alone": spec.nbytes / 1e6 / medians[ALONE],
+            f"each of {job.size} at once": spec.nbytes / 1e6 / medians[FLOOR],
+        },
+        "tree": {
+            "name": spec.name,
+            "leaves": len(spec.leaves),
+            "dtypes": sorted(spec.numel()),
+            "left_out": spec.left_out,
+            "bytes": spec.nbytes,
+        },
         "kind": args.leaves,
         "device": args.device,
         "ranks": job.size,
@@ -146,17 +161,11 @@ def measure(job: Job, args: argparse.Namespace) -> None:
         "turns": args.turns,
         "notes": notes,
         "rows": found,
-        "sentence": report.sentence(spec.name, job.size, found),
+        "sentence": report.sentence(f"{spec.name} in {args.dtype}" if args.dtype else spec.name, job.size, found),
     }
     print(json.dumps(result, indent=1) if args.json else report.text(result))
     if args.plot:
         report.plot(args.plot, report.title(result), found)
-
-
-def _machine() -> str:
-    threads = os.environ.get("OMP_NUM_THREADS", "unset")
-    system = f"{platform.system()} {platform.machine()}, {cores()} core(s) for rank 0"
-    return f"{system}, OMP_NUM_THREADS {threads}, means by {kernel_in_use()}"
 
 
 def _first_call(job: Job, row: Row, device: str) -> tuple[int | None, str]:

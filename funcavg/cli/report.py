@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from funcavg.cli import machine
 from funcavg.cli.environment import CliError, has
 from funcavg.cli.rows import EACH, FLOOR, NOTHING, OURS, RAW, THEIRS
 
-__all__ = ["check_plot", "plot", "progress", "sentence", "table", "text", "title"]
+__all__ = ["check_plot", "milliseconds", "plot", "progress", "sentence", "table", "text", "title"]
 
 
 def table(heading: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> str:
@@ -73,9 +74,10 @@ def title(result: dict[str, Any]) -> str:
     tree = result["tree"]
     count, size = tree["leaves"], tree["bytes"]
     amount = f"{size / 1e6:.3g} MB" if size >= 1e5 else f"{size} bytes"
-    what = f"{tree['name']}: {count} {result['kind']} {'leaf' if count == 1 else 'leaves'}, {amount}"
+    of = " and ".join(tree["dtypes"])
+    what = f"{tree['name']}: {count} {result['kind']} {'leaf' if count == 1 else 'leaves'} of {of}, {amount}"
     device = f" on {result['device']}" if result["device"] != "cpu" else ""
-    ranks, turns = _count(result["ranks"], "rank"), _count(result["turns"], "turn")
+    ranks, turns = machine.count(result["ranks"], "rank"), machine.count(result["turns"], "turn")
     return f"{what}{device}; {ranks}, {result['library']}; medians of {turns}"
 
 
@@ -89,8 +91,8 @@ def text(result: dict[str, Any]) -> str:
     lines = [
         [
             row["name"],
-            _ms(row["median_ms"]),
-            _ms(row["quartiles_ms"][1] - row["quartiles_ms"][0]),
+            milliseconds(row["median_ms"]),
+            milliseconds(row["quartiles_ms"][1] - row["quartiles_ms"][0]),
             f"{row['GB_per_s']:.2f}" if row["name"] != NOTHING else "–",
             ratio(row, THEIRS),
             ratio(row, FLOOR),
@@ -117,18 +119,15 @@ def text(result: dict[str, Any]) -> str:
             f"{NOTHING}: what is in the times of all rows.",
             "MB extra: growth of rank 0 at its peak, in the first call.",
             *notes,
-            f"machine: {result['machine']}",
+            *machine.lines(result["machine"], result["memcpy_GB_per_s"]),
             "",
             result["sentence"],
         ]
     )
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' if number != 1 else ''}"
-
-
-def _ms(value: float) -> str:
+def milliseconds(value: float) -> str:
+    """Return a time as tables show it."""
     return f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
 
@@ -138,7 +137,7 @@ def sentence(tree: str, ranks: int, rows: Sequence[dict[str, Any]]) -> str:
     ours = byname.get(OURS) or next((row for row in rows if row["name"].startswith("funcavg")), None)
     floor = byname[FLOOR]["median_ms"]
     if ours is None:
-        return f"Nothing of funcavg was timed; a memcpy of {tree} takes {_ms(floor)} ms."
+        return f"Nothing of funcavg was timed; a memcpy of {tree} takes {milliseconds(floor)} ms."
     against = [f"{ours['median_ms'] / floor:.1f} times as long as a memcpy"]
     plain = min(
         (byname[name] for name in (RAW, EACH) if name in byname), key=lambda row: row["median_ms"], default=None
@@ -147,8 +146,8 @@ def sentence(tree: str, ranks: int, rows: Sequence[dict[str, Any]]) -> str:
         against.append(f"{ours['median_ms'] / plain['median_ms']:.2f} times as long as {plain['name']}")
     if (theirs := byname.get(THEIRS)) is not None:
         against.append(f"{ours['median_ms'] / theirs['median_ms']:.2f} times as long as {THEIRS}")
-    took = f"{_ms(ours['median_ms'])} ms ({ours['name']})"
-    return f"Averaging {tree} over {_count(ranks, 'rank')} takes {took}: {_enumerated(against)}."
+    took = f"{milliseconds(ours['median_ms'])} ms ({ours['name']})"
+    return f"Averaging {tree} over {machine.count(ranks, 'rank')} takes {took}: {_enumerated(against)}."
 
 
 def _enumerated(parts: Sequence[str]) -> str:

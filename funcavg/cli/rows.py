@@ -14,9 +14,10 @@ from funcavg.cli.environment import has
 from funcavg.cli.jobs import Job, MPIJob
 from funcavg.cli.trees import Spec, arrays
 
-__all__ = ["EACH", "FLOOR", "NOTHING", "OURS", "RAW", "THEIRS", "Row", "make_rows", "node_setting"]
+__all__ = ["ALONE", "BASES", "EACH", "FLOOR", "NOTHING", "OURS", "RAW", "THEIRS", "Row", "make_rows", "node_setting"]
 
-NOTHING, FLOOR = "nothing but the barriers", "memcpy"
+NOTHING, FLOOR, ALONE = "nothing but the barriers", "memcpy", "memcpy, rank 0 alone"
+BASES = (NOTHING, FLOOR, ALONE)  # rows that average nothing
 RAW, EACH, THEIRS = "one all-reduce of a flat buffer", "one all-reduce per leaf", "torch's averager"
 OURS, SHIM = "funcavg, donate", "funcavg's PeriodicModelAverager"
 
@@ -58,7 +59,7 @@ def _ring(job: Job, nbytes: int) -> int:
 
 
 def _baselines(job: Job, spec: Spec, notes: list[str]) -> list[Row]:
-    """Rows that bound what can be had: nothing, a copy of the tree's bytes, the library's own all-reduce."""
+    """Rows that bound what can be had: nothing, copies of the tree's bytes, the library's own all-reduce."""
     flats = {dtype: job.buffer(numel, dtype) for dtype, numel in spec.numel().items()}
     targets = {dtype: job.buffer(numel, dtype) for dtype, numel in spec.numel().items()}
 
@@ -66,7 +67,7 @@ def _baselines(job: Job, spec: Spec, notes: list[str]) -> list[Row]:
         for dtype, flat in flats.items():
             targets[dtype][...] = flat
 
-    rows = [Row(NOTHING, lambda: None), Row(FLOOR, copy)]
+    rows = [Row(NOTHING, lambda: None), Row(FLOOR, copy), Row(ALONE, copy if job.rank == 0 else lambda: None)]
     if unknown := [dtype for dtype in flats if not job.sums(dtype)]:
         notes.append(
             f"{job.library} has no sum of {' and '.join(unknown)}, so there is no plain all-reduce of this tree"

@@ -13,7 +13,7 @@ import numpy as np
 from funcavg.cli.environment import CliError, has
 from funcavg.cli.files import READERS, open_file
 
-__all__ = ["NAMED", "Leaf", "Spec", "arrays", "random_array", "random_tensor", "read"]
+__all__ = ["DTYPES", "NAMED", "Leaf", "Spec", "arrays", "random_array", "random_tensor", "read"]
 
 WIDTHS = {
     "float8_e4m3fn": 1,
@@ -28,6 +28,7 @@ WIDTHS = {
     "complex64": 8,
     "complex128": 16,
 }
+DTYPES = [dtype for dtype in WIDTHS if dtype != "float8_e8m0fnu"]  # of a named tree: scales have no sign to be random
 
 
 class Leaf(NamedTuple):
@@ -90,13 +91,18 @@ NAMED: dict[str, Callable[[], list[tuple[int, ...]]]] = {
 }
 
 
-def read(tree: str) -> Spec:
-    """Return the tree of this name, or of this file."""
+def read(tree: str, dtype: str | None = None) -> Spec:
+    """Return the tree of this name, whose leaves have the dtype (float32 by default), or of this file."""
     if tree in NAMED:
-        return Spec(tree, {f"p{i}": Leaf("float32", shape) for i, shape in enumerate(NAMED[tree]())})
+        return Spec(tree, {f"p{i}": Leaf(dtype or "float32", shape) for i, shape in enumerate(NAMED[tree]())})
     if not Path(tree).is_dir() and Path(tree).suffix not in READERS:
         raise CliError(
             f"no tree is called {tree!r}: take {', '.join(NAMED)}, a file ({', '.join(READERS)}), or a model's folder"
+        )
+    if dtype is not None:
+        raise CliError(
+            f"--dtype {dtype} is for the named trees ({', '.join(NAMED)}): the leaves of {tree} have dtypes of their "
+            f"own; leave --dtype out"
         )
     file = open_file(tree)
     found = {name: array for name, array in file.arrays.items() if name not in file.tied}  # those are averaged once

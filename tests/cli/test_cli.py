@@ -20,7 +20,7 @@ from helpers.frameworks import skip_without, torch
 from helpers.processes import interruptible
 
 import funcavg
-from funcavg.cli import bench, checks, doctor, environment, jobs, main, report, rows, trees, trials
+from funcavg.cli import bench, checks, doctor, environment, jobs, machine, main, report, rows, trees, trials
 from funcavg.testing import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -77,6 +77,14 @@ def folder(tmp_path, monkeypatch):
             "objects.npz: cannot be read as .npz: leaf 'a' cannot be read: Object arrays cannot be loaded",
         ),
         ("bench --tree integers.npz", "integers.npz: nothing in it is averaged; its 2 leaves are of int64, uint8"),
+        (
+            "bench --tree integers.npz --dtype bfloat16",
+            (
+                "--dtype bfloat16 is for the named trees (resnet50, gpt2, thousand-small, many-small): the leaves of "
+                "integers.npz have dtypes of their own; leave --dtype out"
+            ),
+        ),
+        ("bench --dtype int8", "argument --dtype: invalid choice: 'int8'"),
         ("bench --plot curve.doc", "--plot curve.doc: the name must end with one of ."),
         ("bench --plot nowhere/curve.png", "--plot nowhere/curve.png: there is no such folder"),
         ("bench --turns 0", "--ranks and --turns must be at least 1, got 2 and 0"),
@@ -232,6 +240,9 @@ def test_variables_of_a_launcher_do_not_reach_jobs_inside():
 def test_named_trees_are_the_models(name, leaves, elements):
     spec = trees.read(name)
     assert (len(spec.leaves), spec.numel(), spec.nbytes) == (leaves, {"float32": elements}, 4 * elements)
+    half = trees.read(name, "float16")
+    assert (len(half.leaves), half.numel(), half.nbytes) == (leaves, {"float16": elements}, 2 * elements)
+    assert half.name == name
 
 
 @pytest.fixture
@@ -323,7 +334,7 @@ def test_leaves_that_torchs_averager_or_mpi_cannot_sum(tmp_path):
 
     args = argparse.Namespace(leaves="numpy", device="cpu")
     found, notes = rows.make_rows(Some(), spec, args, contextlib.ExitStack())
-    names = ["nothing but the barriers", "memcpy", "funcavg", "funcavg, donate", "funcavg, FUNCAVG_NODE=off", OFF]
+    names = [*BASES, "funcavg", "funcavg, donate", "funcavg, FUNCAVG_NODE=off", OFF]
     assert [row.name for row in found] == names
     assert notes == [
         "MPI has no sum of bfloat16, so there is no plain all-reduce of this tree",
@@ -355,9 +366,9 @@ def test_arrays_are_those_of_the_file(files, kind):
 
 # bench
 
+BASES = ["nothing but the barriers", "memcpy", "memcpy, rank 0 alone"]
 COMMON = {
-    "nothing but the barriers",
-    "memcpy",
+    *BASES,
     "one all-reduce of a flat buffer",
     "one all-reduce per leaf",
     "torch's averager",
@@ -382,12 +393,19 @@ def test_bench_starts_two_ranks(model, tmp_path):
     result, found = measured(done)
     assert set(found) == TORCH
     assert result["ranks"] == 2
-    assert result["tree"] == {"name": "model.npz", "leaves": 10, "left_out": 1, "bytes": 40_000_000}
+    tree = {"name": "model.npz", "leaves": 10, "dtypes": ["float32"], "left_out": 1, "bytes": 40_000_000}
+    assert result["tree"] == tree
+    assert result["memcpy_GB_per_s"] == {
+        "rank 0 alone": found["memcpy, rank 0 alone"]["GB_per_s"],
+        "each of 2 at once": found["memcpy"]["GB_per_s"],
+    }
+    assert result["machine"].keys() == machine.describe().keys()
     assert "Gloo" in result["library"]
     for row in result["rows"]:
         assert len(row["turns_ms"]) == 5
         assert min(row["turns_ms"]) <= row["quartiles_ms"][0] <= row["median_ms"] <= row["quartiles_ms"][1]
         assert row["GB_per_s"] == pytest.approx(0.04 / (row["median_ms"] / 1e3))
+        assert row["memcpys"] == pytest.approx(row["median_ms"] / found["memcpy"]["median_ms"])
     for name in ("funcavg", "funcavg, donate", "funcavg, FUNCAVG_NODE=off"):  # two ranks send the tree once, each
         assert 40_000_000 <= found[name]["bytes_sent"] < 40_100_000
         assert found[name]["bytes_sent_is"] == "counted"
@@ -410,13 +428,20 @@ def test_bench_takes_the_ranks_of_torchrun():
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert re.match(
-        r"thousand-small: 1000 torch leaves, 1\.02 MB; 2 ranks, torch .* \(Gloo\); medians of 2 turns", lines[0]
+        r"thousand-small: 1000 torch leaves of float32, 1\.02 MB; 2 ranks, torch .* \(Gloo\); medians of 2 turns",
+        lines[0],
     )
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
     assert table[0] == ["", "ms", "spread", "GB/s", "/ torch's", "/ memcpy", "MB sent", "MB extra"]
     byname = {row[0]: row[1:] for row in table[1:]}
-    assert list(byname) == ["nothing but the barriers", "memcpy", "torch's averager", "funcavg, donate", OFF]
+    assert list(byname) == [*BASES, "torch's averager", "funcavg, donate", OFF]
     assert byname["torch's averager"][3] == byname["memcpy"][4] == "1.00"
+    assert [line.partition(":")[0] for line in lines[-6:-2]] == [
+        "machine",
+        "caches",
+        "transparent huge pages",
+        "memcpy",
+    ]
     ours, theirs = float(byname["funcavg, donate"][0]), float(byname["torch's averager"][0])
     assert float(byname["funcavg, donate"][3]) == pytest.approx(ours / theirs, rel=0.02)
     assert re.match(r"Averaging thousand-small over 2 ranks takes [\d.]+ ms \(funcavg, donate", lines[-1])
@@ -435,6 +460,48 @@ def test_bench_averages_other_arrays(files, leaves, names):
     )
     assert set(found) == names
     assert result["kind"] == leaves
+
+
+def test_bench_averages_a_named_tree_of_another_dtype():
+    skip_without("torch")
+    result, found = measured(
+        command("bench", "--tree", "thousand-small", "--dtype", "bfloat16", "--turns", 1, "--json")
+    )
+    assert set(found) == TORCH  # torch's averager works, and Gloo sums
+    assert (result["tree"]["dtypes"], result["tree"]["bytes"]) == (["bfloat16"], 512_000)
+    assert found["funcavg, donate"]["bytes_sent"] < 530_000  # by two ranks, of two bytes each
+    assert result["sentence"].startswith("Averaging thousand-small in bfloat16 over 2 ranks takes ")
+    assert report.title(result).startswith("thousand-small: 1000 torch leaves of bfloat16, 0.512 MB; 2 ranks, ")
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_bench_over_mpi_of_what_libraries_need_not_sum(dtype):
+    skip_without("torch")
+    args = ("bench", "--backend", "mpi", "--tree", "thousand-small", "--dtype", dtype, "--turns", "1", "--json")
+    result, found = measured(mpi.mpiexec(0, "-m", "funcavg", *args))
+    sums = "from mpi4py import MPI; import numpy; MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, numpy.ones(1, numpy.float16))"
+    if dtype == "float16" and mpi.mpiexec(0, "-c", sums).returncode == 0:
+        assert set(found) == TORCH
+        return
+    assert set(found) == TORCH - {"one all-reduce of a flat buffer", "one all-reduce per leaf"}
+    assert any(f"has no sum of {dtype}" in note for note in result["notes"])
+
+
+@pytest.mark.mpi
+def test_a_library_that_does_not_sum_float16():
+    code = """
+from funcavg.cli import jobs
+job = jobs.MPIJob()
+def refuse(*args):
+    raise KeyError("e")
+class Library:
+    COMM_SELF, IN_PLACE, Exception = type("Comm", (), {"Allreduce": refuse}), None, job._mpi.Exception
+job._mpi = Library
+print(job.sums("float16"), job.sums("float32"))
+"""
+    done = mpi.mpiexec(0, "-c", code)
+    assert (done.returncode, done.stdout) == (0, "False True\n"), done.stderr
 
 
 @pytest.mark.mpi
@@ -627,6 +694,30 @@ def test_rows_that_are_not_there():
         "funcavg bench: no row has one of ['nccl'] in its name: nothing but the barriers; memcpy;"
     )
     assert done.stderr.count("\n") == 1
+
+
+def test_rank_0_copies_alone():
+    class Rank(jobs.Job):
+        def __init__(self, rank):
+            self.rank, self.size, self.library, self.copies = rank, 2, "MPI", 0
+
+        def buffer(self, numel, dtype):
+            return self
+
+        def __setitem__(self, where, what):
+            self.copies += 1
+
+        def sums(self, dtype):
+            return False
+
+    copies = []
+    for rank in (0, 1):
+        job = Rank(rank)
+        byname = {row.name: row for row in rows._baselines(job, trees.read("thousand-small"), [])}
+        for name in BASES[1:]:
+            byname[name].run()
+            copies.append(job.copies)
+    assert copies == [1, 2, 1, 1]
 
 
 def test_a_plot_of_any_rows(tmp_path):
