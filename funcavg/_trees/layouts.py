@@ -90,10 +90,11 @@ def layout_of(flat: Flat, only: frozenset[int] | None, *, exactly: bool) -> Layo
         layout = _LAYOUTS.get(key)
     if layout is None:
         layout = _describe_all(flat, families, only, exactly=exactly)
+        with contextlib.suppress(Exception):
+            _remember(_LAYOUTS, key, layout)
     with contextlib.suppress(Exception):
-        _remember(_LAYOUTS, key, layout)
-        if only is None and len(set(families)) == 1 and (test := families[0].alike(everything)) is not None:
-            _remember(_ALIKE, structure, (test, layout))
+        if only is None and len(set(families)) == 1:
+            _remember(_ALIKE, structure, (families[0].alike(everything), layout))
     return layout
 
 

@@ -117,3 +117,57 @@ def test_strides_of_dimensions_with_one_element_are_kept():
     last, first, _ = run_ranks(2, fn)[0]
     assert last.stride() == (3, 1, 3, 3)
     assert first.stride() == (3, 1, 1, 1)
+
+
+def test_jax_arrays_are_put_back_where_they_were():
+    """By a call of JAX's that is not public, which `device_put` would lead to leaf by leaf; without it, by that."""
+    jax = pytest.importorskip("jax")
+    device = jax.devices()[0]
+
+    def fn(group):
+        rank = group.rank
+        tree = {
+            "small": jax.numpy.full((3, 1), rank, "float32"),
+            "complex": jax.numpy.full(3, rank * 1j, "complex64"),
+            "half": jax.numpy.full(3, rank, "bfloat16"),
+            "committed": jax.device_put(np.full(5, rank, "f"), device),
+            "weak": jax.numpy.asarray(float(rank)),
+            "large": jax.numpy.full(300_000, rank, "float32"),
+        }
+        return tree, funcavg.average(tree, group)
+
+    for tree, result in run_ranks(2, fn):
+        for key, leaf in tree.items():
+            half = 0.5j if key == "complex" else 0.5
+            assert (np.asarray(result[key]) == half).all(), key
+            assert (result[key].aval, result[key].sharding) == (leaf.aval, leaf.sharding), key
+            assert (result[key].committed, result[key].weak_type) == (leaf.committed, leaf.weak_type), key
+
+
+def test_without_jaxs_own_way_of_putting_device_put_is_used(monkeypatch):
+    pytest.importorskip("jax")
+    from funcavg._trees.arrays import jax as family
+
+    def missing(*_):
+        raise AttributeError
+
+    monkeypatch.setattr(family, "_put_each", missing)
+    test_jax_arrays_are_put_back_where_they_were()
+
+
+def test_results_of_jax_do_not_change_with_the_next_call():
+    jax = pytest.importorskip("jax")
+    group = Echo()
+    first = funcavg.average([jax.numpy.full(256, float(i)) for i in range(100)], group)
+    before = [np.array(leaf) for leaf in first]
+    funcavg.average([jax.numpy.full(256, -1.0) for i in range(100)], group)
+    np.testing.assert_array_equal([np.asarray(leaf) for leaf in first], before)
+
+
+def test_a_deleted_array_is_named_in_a_tree_that_has_been_seen():
+    jax = pytest.importorskip("jax")
+    tree = [jax.numpy.full(256, float(i)) for i in range(3)]
+    funcavg.average(tree, Echo())
+    tree[1].delete()
+    with pytest.raises(TypeError, match=r"\[1\] is a JAX array float32\[256\] whose memory has been deleted"):
+        run_ranks(2, lambda group: funcavg.average(tree, group))

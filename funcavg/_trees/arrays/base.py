@@ -48,12 +48,10 @@ class Family:
         """
         raise NotImplementedError
 
-    def alike(self, leaves: Sequence[Any]) -> Alike | None:
-        """Return a quick way to see that leaves have the signature of these; None if there is none.
-
-        It may say no to leaves that have it.
-        """
-        return None
+    def alike(self, leaves: Sequence[Any]) -> Alike:
+        """Return a quick way to see that leaves have the signature of these. It may say no to leaves that have it."""
+        known = tuple(map(type, leaves)), self.signature(leaves)  # compared, which is faster than to hash it
+        return lambda others: (tuple(map(type, others)), self.signature(others)) == known
 
     def describe(self, leaf: Any) -> Leaf:
         """Describe the leaf, or raise TypeError if it can be neither averaged nor passed through."""
