@@ -21,7 +21,7 @@ import numpy as np
 
 from funcavg._trees import Family, Leaf
 
-__all__ = ["AHEAD", "SLOTS", "Bucket", "Lender", "Slots", "bucket_bytes", "cut", "host_memory", "make_plan"]
+__all__ = ["AHEAD", "SLOTS", "Bucket", "Lender", "Slots", "bucket_bytes", "cut", "host_memory", "made_by", "make_plan"]
 
 LARGE = 1 << 20  # bytes
 AHEAD = 4  # measured over Gloo, two ranks: 1.1 to 1.2 times faster than 1, no slower than more
@@ -66,17 +66,55 @@ class Slots:
         return mine, theirs, mine
 
 
-class _Part(NamedTuple):
-    """The pieces of one family's leaves in one bucket."""
+class _Part:
+    """The pieces of one family's leaves in one bucket: which leaf each is of, and where it lies."""
 
-    family: Family
-    pieces: list[tuple[int, Index | None]]  # which leaf, and which block of it (None: all of it)
-    windows: list[Any]  # where they lie in `mine`
-    landings: list[Any]  # and in `landing`
-    run: list[Any]  # all of the bucket as one window, if it holds nothing but vectors of this family; else empty
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.leaves: list[int] = []
+        self.cut: list[tuple[int, int, Index]] = []  # of pieces that are not all of a leaf: which, leaf, block of it
+        self.windows: list[Any] = []  # in `mine`
+        self.landings: list[Any] = []  # and in `landing`
+        self.run: Any = None  # all of the bucket as one window, if it holds nothing but vectors of this family
+        self.made: list[int] = []  # leaves whose results can be made here, as copies of
+        self.makings: list[Any] = []  # these landings
+        self.others: list[int] = []  # pieces of other leaves
+
+    def add(self, leaf: int, index: Index | None, window: Any, landing: Any, *, make: bool) -> None:
+        """Add a piece: a block of a leaf, or all of it (None), whose result may be made here."""
+        if index is not None:
+            self.cut.append((len(self.leaves), leaf, index))
+        if make:
+            self.made.append(leaf)
+            self.makings.append(landing)
+        else:
+            self.others.append(len(self.leaves))
+        self.leaves.append(leaf)
+        self.windows.append(window)
+        self.landings.append(landing)
 
     def select(self, carriers: Sequence[Any]) -> list[Any]:
-        return [carriers[leaf] if index is None else carriers[leaf][index] for leaf, index in self.pieces]
+        """Return the pieces."""
+        chosen = list(map(carriers.__getitem__, self.leaves))
+        for piece, leaf, index in self.cut:
+            chosen[piece] = carriers[leaf][index]
+        return chosen
+
+    def pack(self, carriers: Sequence[Any]) -> None:
+        if self.run is not None:
+            self.family.concatenate(self.select(carriers), self.run)
+        else:
+            self.family.copy(self.windows, self.select(carriers))
+
+    def unpack(self, results: Any) -> None:
+        if not self.made or results[self.made[0]] is not None:  # which then is so for all of them
+            self.family.copy(self.select(results), self.landings)
+            return
+        for leaf, copy in zip(self.made, self.family.copies(self.makings), strict=True):
+            results[leaf] = copy
+        if self.others:
+            chosen = self.select(results)
+            self.family.copy([chosen[i] for i in self.others], [self.landings[i] for i in self.others])
 
 
 class Bucket(NamedTuple):
@@ -103,17 +141,14 @@ class Bucket(NamedTuple):
     def pack(self, carriers: Sequence[Any]) -> None:
         """Copy pieces of the leaves into `mine`."""
         for part in self.parts:
-            if part.run:
-                part.family.concatenate(part.select(carriers), part.run[0])
-            else:
-                part.family.copy(part.windows, part.select(carriers))
+            part.pack(carriers)
         if len(self.padding):
             self.padding[...] = 0
 
-    def unpack(self, carriers: Sequence[Any]) -> None:
-        """Copy `landing`, now the mean, into pieces of the results."""
+    def unpack(self, results: Any) -> None:
+        """Copy `landing`, now the mean, into pieces of the results; make those that are not there yet."""
         for part in self.parts:
-            part.family.copy(part.select(carriers), part.landings)
+            part.unpack(results)
 
 
 def make_plan(leaves: Sequence[_Row], size: int, slots: Lender, limit: int) -> list[Bucket]:
@@ -169,29 +204,34 @@ def _bucket(element: str, ranges: Sequence[tuple[_Row, int, int]], size: int, sl
     mine, theirs, landing = slots.lend(position, size, shard)
     given, taken = mine.reshape(-1), landing.reshape(-1)
     parts: dict[Family, _Part] = {}
+    alone = len(ranges) == 1 and count % size == 0
     begin = 0
     for (number, family, leaf), start, stop in ranges:
-        part = parts.setdefault(family, _Part(family, [], [], [], []))
+        part = parts.setdefault(family, _Part(family))
         whole = stop - start == math.prod(leaf.shape)
         blocks: list[tuple[Index | None, tuple[int, ...]]] = (
             [(None, leaf.shape)] if whole else [*cut(leaf.shape, start, stop)]
         )
         for index, shape in blocks:
             end = begin + math.prod(shape) * itemsize
-            part.pieces.append((number, index))
-            part.windows.append(family.window(given[begin:end], leaf.native, shape))
-            part.landings.append(
-                part.windows[-1] if landing is mine else family.window(taken[begin:end], leaf.native, shape)
-            )
+            window = landed = family.window(given[begin:end], leaf.native, shape)
+            if landing is not mine:
+                landed = family.window(taken[begin:end], leaf.native, shape)
+            part.add(number, index, window, landed, make=leaf.compact and index is None and not alone)
             begin = end
     if len(parts) == 1 and all(len(leaf.shape) == 1 and not leaf.device for (_, _, leaf), _, _ in ranges):
         (part,) = parts.values()
-        part.run.append(part.family.window(given[:begin], ranges[0][0][2].native, (count,)))
+        part.run = part.family.window(given[:begin], ranges[0][0][2].native, (count,))
     own = None
-    if len(ranges) == 1 and count % size == 0:
+    if alone:
         (number, family, _), start, stop = ranges[0]
         own = family, number, start * itemsize, stop * itemsize
     return Bucket(position, element, itemsize, mine, theirs, landing, given[begin:], list(parts.values()), own)
+
+
+def made_by(plan: Sequence[Bucket]) -> set[int]:
+    """Return the leaves whose results `Bucket.unpack` can make: others must be there before."""
+    return {leaf for bucket in plan for part in bucket.parts for leaf in part.made}
 
 
 def cut(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[Index, tuple[int, ...]]]:

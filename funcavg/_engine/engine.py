@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from funcavg._engine.agree import Agreement, agree, exchange_words
-from funcavg._engine.buckets import make_plan
+from funcavg._engine.buckets import made_by, make_plan
 from funcavg._engine.copies import CopyLane, DeviceCopyLane, NodeCopyLane, StageSlots
 from funcavg._engine.device_slots import DEVICE_BUCKET
 from funcavg._engine.digests import digests_of, ranks_that_differ
@@ -79,14 +79,21 @@ def move(request: Request, agreement: Agreement, collective: Collective, out: Se
     with _spending(session, collective, options.purpose):
         if out is not None:
             results = [family.carrier(array) for family, array in zip(families, out, strict=True)]
-        elif donate and all([family.mutable for family in layout.members]):
+        elif donate and len(layout.mutable) == len(leaves):
             results = carriers
         else:
-            results = [
-                carriers[i] if donate and family.mutable else None if i in ties else family.fresh(leaves[i])
-                for i, family in enumerate(families)
-            ]
+            results = [None] * len(leaves)  # to be made, by `prepare`, or by buckets
+            if donate:
+                for i in layout.mutable:
+                    results[i] = carriers[i]
+
+        def prepare(numbers: Iterable[int]) -> None:
+            for i in numbers:
+                if results[i] is None:
+                    results[i] = families[i].fresh(leaves[i])
+
         if collective.size == 1:
+            prepare(i for i in range(len(leaves)) if i not in ties)
             getattr(collective, "fill", _copy)(layout, carriers, results, ties)
         else:
             # After an error, transfers may go on. New results are private until they are returned, and kept by whatever
@@ -100,7 +107,7 @@ def move(request: Request, agreement: Agreement, collective: Collective, out: Se
                 land_in_results=not late or (out is None and not donate),
                 send_from_leaves=not late or out is None,
             )
-            for lane in _lanes(request, agreement, collective, session):
+            for lane in _lanes(request, agreement, collective, session, prepare):
                 lane.carry(cargo)
             if options.root is not None:  # a root waits for nobody: without this, it could go on where others cannot
                 (session.gather or collective.gather)(b"arrived.", timeout)
@@ -137,10 +144,8 @@ def _finish(request: Request, leaves: Sequence[Any], results: Sequence[Any], tie
             tied[id(leaves[i])] = layout.families[i].tie(leaves[i], finished[original])
         finished[i] = tied[id(leaves[i])]
     if request.options.donate:
-        finished = [
-            leaf if family.mutable else result
-            for leaf, family, result in zip(leaves, layout.families, finished, strict=True)
-        ]
+        for i in layout.mutable:
+            finished[i] = leaves[i]
     return finished
 
 
@@ -161,19 +166,35 @@ def _spending(session: Session, collective: Collective, purpose: str) -> Iterato
 
 
 def _lanes(
-    request: Request, agreement: Agreement, collective: Collective, session: Session
+    request: Request,
+    agreement: Agreement,
+    collective: Collective,
+    session: Session,
+    prepare: Callable[[Iterable[int]], None],
 ) -> Iterator[Lane | NodeLane | NodeCopyLane]:
-    """Yield the lanes that a request needs: leaves on an accelerator first, if the transport has a way for them."""
+    """Yield the lanes that a request needs: leaves on an accelerator first, if the transport has a way for them.
+
+    ``prepare`` makes memory for the results of leaves, where buckets do not.
+    """
     layout = request.layout
     assert layout is not None
     ties = request.ties if agreement.same_ties else {}
     rank, root = collective.rank, request.options.root
-    kept = [i for i in range(len(layout.leaves)) if i not in ties]
-    on_device = [i for i in kept if layout.leaves[i].device]
+    kept: Sequence[int] = range(len(layout.leaves))
+    if ties:
+        kept = [i for i in kept if i not in ties]
+    on_device = [i for i in kept if layout.leaves[i].device] if layout.devices else []
 
-    def plan(numbers: list[int], place: str, make: Callable[[list[Any]], Any]) -> Any:
+    def plan(numbers: Sequence[int], place: str, make: Callable[[list[Any]], Any]) -> Any:
+        def remembered() -> tuple[Any, list[int]]:
+            planned = make([(i, layout.families[i], layout.leaves[i]) for i in numbers])
+            made = made_by(planned.buckets if isinstance(planned, NodePlan) else planned)
+            return planned, [i for i in numbers if i not in made]
+
         key = layout, None if len(numbers) == len(layout.leaves) else tuple(numbers), place
-        return session.remember(key, lambda: make([(i, layout.families[i], layout.leaves[i]) for i in numbers]))
+        planned, others = session.remember(key, remembered)
+        prepare(others)
+        return planned
 
     if on_device and agreement.same_places and layout.devices and hasattr(collective, "device_verbs"):
         (device,) = layout.devices

@@ -122,9 +122,8 @@ class Table:
         self._copies_out = self._copies(steps, "copy out")
         self._means = [i for i, step in enumerate(steps) if step.action == "reduce"]
         reduced = [steps[i].bucket for i in self._means]
-        self._elements = {
-            bucket.element: np.array([b.element == bucket.element for b in reduced]) for bucket in reduced
-        }
+        kinds = np.array([bucket.element for bucket in reduced])
+        self._elements = {str(kind): kinds == kind for kind in np.unique(kinds)}
         self._leaf_of = np.array([self._where(bucket)[0] for bucket in reduced], np.int64)
         self._begin_of = np.array([self._where(bucket)[1] + bucket.theirs.begin for bucket in reduced], np.uint64)
         self._shards = np.array([[address_of(s) for s in b.theirs.shards] for b in reduced], np.uint64)

@@ -16,6 +16,7 @@ import functools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from funcavg._engine import Handle, move, reach_agreement, same_configuration, session_of
@@ -48,7 +49,11 @@ def is_transformed(everything: Sequence[Any]) -> bool:
         return any(isinstance(leaf, torch.Tensor) for leaf in everything)
     if not torch.is_grad_enabled():
         return False
-    return any([leaf.requires_grad for leaf in everything if isinstance(leaf, torch.Tensor)])
+    kinds = set(map(type, everything))
+    tensors = {kind for kind in kinds if issubclass(kind, torch.Tensor)}
+    if tensors != kinds:
+        everything = [leaf for leaf in everything if type(leaf) in tensors]
+    return any(map(attrgetter("requires_grad"), everything))
 
 
 def is_inside_transform() -> bool:

@@ -20,8 +20,9 @@ from funcavg._trees.arrays import (
 from funcavg._trees.claim import HEADER_BYTES, Claim, Header, digest, find_differences, listed
 from funcavg._trees.compared import Compared
 from funcavg._trees.containers import ROOT, Flat, combine, flatten
+from funcavg._trees.layouts import Layout
 from funcavg._trees.options import Options, Timeout, Where, checked_timeout
-from funcavg._trees.request import Layout, Request, check_weight, failed_request, make_request
+from funcavg._trees.request import Request, check_weight, failed_request, make_request
 
 __all__ = [
     "HEADER_BYTES",

@@ -92,7 +92,7 @@ def test_a_tree_is_taken_apart_once_and_described_once(way, monkeypatch):
         return call
 
     monkeypatch.setattr(optree, "tree_flatten", counted("flattened", optree.tree_flatten))
-    monkeypatch.setattr(request, "_layout_of", counted("described", request._layout_of))
+    monkeypatch.setattr(request, "layout_of", counted("described", request.layout_of))
     run(Solo())
     assert 1 <= seen["described"] <= most_described
     assert 1 <= seen["flattened"] <= most_flattened

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from funcavg._trees.arrays.base import Family, Leaf, type_name
+from funcavg._trees.arrays.base import Alike, Family, Leaf, type_name
 from funcavg._trees.arrays.numpy import Integers, NumpyArrays, Scalars, StandIn, StandIns, is_averaged
 
 __all__ = [
+    "Alike",
     "Family",
     "Leaf",
     "StandIn",

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
-__all__ = ["EXPANDED", "Family", "Leaf", "is_expanded", "memory_span", "type_name"]
+__all__ = ["EXPANDED", "Alike", "Family", "Leaf", "is_compact", "is_expanded", "memory_span", "type_name"]
+
+Alike: TypeAlias = Callable[[Sequence[Any]], bool]
 
 EXPANDED = "an expanded array, several elements of which share one memory cell"
 
@@ -24,6 +26,7 @@ class Leaf(NamedTuple):
     native: Any = None  # the carrier's dtype, in the framework's own terms
     plain: bool = False  # the leaf is its own carrier, and its result needs no wrapping
     device: str = ""  # the accelerator in whose memory it lies, in torch's terms; "" on the host
+    compact: bool = False  # a copy of what lies in a bucket (`Family.copies`) is as good a result as `fresh` memory
 
 
 class Family:
@@ -46,6 +49,11 @@ class Family:
         """
         raise NotImplementedError
 
+    def alike(self, leaves: Sequence[Any]) -> Alike:
+        """Return a quick way to see that leaves have the signature of these. It may say no to leaves that have it."""
+        known = tuple(map(type, leaves)), self.signature(leaves)  # compared, which is faster than to hash it
+        return lambda others: (tuple(map(type, others)), self.signature(others)) == known
+
     def describe(self, leaf: Any) -> Leaf:
         """Describe the leaf, or raise TypeError if it can be neither averaged nor passed through."""
         raise NotImplementedError
@@ -56,6 +64,10 @@ class Family:
 
     def fresh(self, leaf: Any) -> Any:
         """Return the carrier of a result: new memory of the leaf's dtype, shape, device and layout."""
+        raise NotImplementedError
+
+    def copies(self, windows: Sequence[Any]) -> Sequence[Any]:
+        """Return carriers of results that hold what windows do, each in memory of its own: all at once, for speed."""
         raise NotImplementedError
 
     def finish(self, leaf: Any, carrier: Any) -> Any:
@@ -132,6 +144,14 @@ def is_expanded(shape: Sequence[int], strides: Sequence[int]) -> bool:
             return True
         reach += (extent - 1) * stride
     return False
+
+
+def is_compact(shape: Sequence[int], nbytes: int, limit: int) -> bool:
+    """Say whether an array in C order, of fewer bytes than ``limit``, has the strides that every copy of it has.
+
+    Where a dimension has one element, its stride may be any; and what torch calls channels last is told by it.
+    """
+    return nbytes < limit and 1 not in shape
 
 
 def memory_span(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> tuple[int, int]:

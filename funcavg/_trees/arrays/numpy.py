@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from funcavg._trees.arrays.base import EXPANDED, Family, Leaf, is_expanded, memory_span, type_name
+from funcavg._memory import HUGE
+from funcavg._trees.arrays.base import EXPANDED, Family, Leaf, is_compact, is_expanded, memory_span, type_name
 
 __all__ = ["Integers", "NumpyArrays", "Scalars", "StandIn", "StandIns", "is_averaged"]
 
@@ -27,7 +28,10 @@ class NumpyArrays(Family):
 
     def describe(self, leaf: Any) -> Leaf:
         _refuse_subclass(leaf, "averaging")
-        return _describe_numpy(leaf.dtype, leaf.shape, plain=leaf.dtype.kind != "c")
+        real = leaf.dtype.kind != "c"
+        in_order = real and leaf.dtype.isnative and leaf.flags.c_contiguous
+        compact = in_order and is_compact(leaf.shape, leaf.nbytes, HUGE)
+        return _describe_numpy(leaf.dtype, leaf.shape, plain=real)._replace(compact=compact)
 
     def carrier(self, leaf: Any) -> Any:
         if leaf.dtype.kind != "c":
@@ -37,6 +41,9 @@ class NumpyArrays(Family):
     def fresh(self, leaf: Any) -> Any:
         # A broadcast leaf (stride 0) gets memory for every element; others keep their memory layout.
         return self.carrier(np.empty_like(leaf, subok=False))
+
+    def copies(self, windows: Sequence[Any]) -> Sequence[Any]:
+        return list(map(np.ndarray.copy, windows))
 
     def finish(self, leaf: Any, carrier: Any) -> Any:
         return carrier if leaf.dtype.kind != "c" else carrier.view(leaf.dtype)[..., 0]

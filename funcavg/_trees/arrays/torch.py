@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import torch
 
 from funcavg._memory import HUGE, ask_for_huge_pages, bytes_at
-from funcavg._trees.arrays.base import EXPANDED, Family, Leaf, is_expanded, memory_span, type_name
+from funcavg._trees.arrays.alike import alike
+from funcavg._trees.arrays.base import EXPANDED, Alike, Family, Leaf, is_compact, is_expanded, memory_span, type_name
 from funcavg._trees.arrays.parts import part_of, parts_of
 
 __all__ = ["DTensors", "Tensors", "wrap_local_tensor"]
@@ -33,6 +35,9 @@ class Tensors(Family):
             parts_of(leaves),
         )
 
+    def alike(self, leaves: Sequence[Any]) -> Alike:
+        return alike(leaves) or super().alike(leaves)
+
     def describe(self, leaf: Any) -> Leaf:
         dtype, text = leaf.dtype, self._text(leaf)
         if _name(dtype) == "float4_e2m1fn_x2":
@@ -43,7 +48,9 @@ class Tensors(Family):
         if dtype.is_complex:
             shape, native = (*shape, 2), dtype.to_real()
         plain = not dtype.is_complex and type(leaf) is torch.Tensor and not leaf.requires_grad
-        return Leaf(text, _name(native), shape, native, plain, _accelerator(leaf))
+        in_order = leaf.device.type == "cpu" and not dtype.is_complex and leaf.is_contiguous()
+        compact = in_order and is_compact(shape, leaf.nbytes, HUGE)
+        return Leaf(text, _name(native), shape, native, plain, _accelerator(leaf), compact)
 
     def _text(self, leaf: Any) -> str:
         """Return the words for a leaf; raise TypeError if it has no memory of elements, one after the other."""
@@ -72,6 +79,10 @@ class Tensors(Family):
             ask_for_huge_pages(result.data_ptr(), result.nbytes)
         return torch.view_as_real(result) if leaf.is_complex() else result
 
+    def copies(self, windows: Sequence[Any]) -> Sequence[Any]:
+        copies: Sequence[Any] = _clones(windows)  # storages are torch's own, and can be resized; views' could not
+        return copies
+
     def finish(self, leaf: Any, carrier: Any) -> Any:
         result = torch.view_as_complex(carrier) if leaf.is_complex() else carrier
         if isinstance(leaf, torch.nn.Parameter):
@@ -82,7 +93,7 @@ class Tensors(Family):
         return self.finish(leaf, self.carrier(result))
 
     def addresses(self, leaves: Sequence[Any]) -> list[int]:
-        return [leaf.data_ptr() for leaf in leaves]
+        return list(map(torch.Tensor.data_ptr, leaves))
 
     def geometry(self, leaf: Any) -> Hashable:
         return leaf.dtype, leaf.shape, leaf.stride(), leaf.is_conj(), leaf.is_neg()
@@ -104,7 +115,7 @@ class Tensors(Family):
         return is_expanded(leaf.shape, leaf.stride())
 
     def all_donatable(self, leaves: Sequence[Any]) -> bool:
-        if torch.is_grad_enabled() and any([leaf.requires_grad for leaf in leaves]):
+        if torch.is_grad_enabled() and any(map(attrgetter("requires_grad"), leaves)):
             return False
         return not any(map(torch.Tensor.is_inference, leaves))
 
@@ -180,6 +191,9 @@ class DTensors(Tensors):
 
     local: Tensors = Tensors()
 
+    def alike(self, leaves: Sequence[Any]) -> Alike:
+        return Family.alike(self, leaves)  # torch's test would not see local shards
+
     def exact(self) -> Family:
         return ExactDTensors()
 
@@ -247,6 +261,11 @@ class ExactDTensors(DTensors):
     local = ExactTensors()
 
 
+def _clone_each(tensors: Sequence[Any]) -> Sequence[Any]:
+    return list(map(torch.clone, tensors))
+
+
+_clones: Any = getattr(torch, "_foreach_clone", _clone_each)  # not in every release
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by width
 
 
