@@ -39,14 +39,20 @@ def slot_bytes(sizes: Sequence[int]) -> int:
     alone, never from a machine: all hosts cut buckets alike.
 
     >>> [slot_bytes([ranks]) >> 10 for ranks in (2, 3, 4, 8, 64)]
-    [1024, 1024, 512, 256, 128]
+    [256, 256, 256, 128, 128]
+    >>> [slot_bytes([ranks, ranks]) >> 10 for ranks in (1, 2, 8)]
+    [512, 1024, 512]
     """
-    fitting = (16 << 20) // (SLOTS * (max(sizes) + 1))
-    nbytes = min(max(1 << fitting.bit_length() - 1, 128 << 10), 1 << 20)
+    slots = SLOTS * (max(sizes) + 1)
     if len(sizes) == 1:
-        return nbytes
+        return min(max(_power_of_two((5 << 20) // slots), 128 << 10), 256 << 10)
     shards = min(sizes)  # each has buffers for several buckets on their way
-    return min(max(min(nbytes, shards * (512 << 10)), shards * len(sizes) * (32 << 10)), 4 << 20)
+    nbytes = min(max(_power_of_two((16 << 20) // slots), 128 << 10), 1 << 20, shards * (512 << 10))
+    return min(max(nbytes, shards * len(sizes) * (32 << 10)), 4 << 20)
+
+
+def _power_of_two(most: int) -> int:
+    return 1 << most.bit_length() - 1
 
 
 def partition(reach: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -239,8 +239,8 @@ def test_nodes_are_cliques_of_mutual_reach(pairs, size, nodes):
 
 def test_slots_stay_in_the_cache_and_rows_to_other_nodes_are_long():
     for ranks in range(1, 200):
-        assert 128 << 10 <= slot_bytes([ranks]) <= 1 << 20
-        assert SLOTS * (ranks + 1) * slot_bytes([ranks]) <= max(16 << 20, SLOTS * (ranks + 1) * (128 << 10))
+        assert 128 << 10 <= slot_bytes([ranks]) <= 256 << 10
+        assert SLOTS * (ranks + 1) * slot_bytes([ranks]) <= max(5 << 20, SLOTS * (ranks + 1) * (128 << 10))
     assert slot_bytes([2, 2]) == 1 << 20
     assert slot_bytes([1, 1, 2]) == 512 << 10
     assert slot_bytes([8] * 16) == 4 << 20
