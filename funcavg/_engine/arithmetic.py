@@ -5,6 +5,7 @@ Arrays of one dimension and one dtype. Callers have dropped shards of weight 0, 
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ HALVES = {NATIVE[name]: NATIVE[name](0.5) for name in WIDE_ENOUGH}
 _S = TypeVar("_S", "ArraySum", "TensorSum")
 
 
+@functools.cache  # views are kept, and those of one dtype must be of one kind, though torch be imported meanwhile
 def viewer(narrow: str) -> Callable[[Bytes, str], Any]:
     """Return how to view bytes as an array of NumPy's, or as a tensor where torch is there and knows more dtypes."""
     if narrow in NATIVE and (narrow != "float16" or "torch" not in sys.modules):

@@ -355,3 +355,19 @@ def test_memory_of_other_lengths_is_refused():
         sums.add(four, 1.0)
     with pytest.raises(ValueError, match="expected length"):
         sums.mean_into(four, 1.0)
+
+
+LATE_TORCH = """
+import numpy as np
+from funcavg._engine.mean import Means
+memory = np.ones(16, np.uint8)
+before = Means("float16", 2).operand(memory)
+import torch
+assert type(Means("float16", 2).operand(memory)) is type(before), "a plan's views are kept"
+"""
+
+
+def test_views_stay_of_one_kind_when_torch_is_imported_later():
+    skip_without("torch")
+    environ = os.environ | {"FUNCAVG_KERNEL": "off"}
+    subprocess.run([sys.executable, "-c", LATE_TORCH], env=environ, check=True, timeout=100)
