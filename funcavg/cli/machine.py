@@ -37,7 +37,7 @@ def lines(machine: Mapping[str, Any], speeds: Mapping[str, float]) -> list[str]:
     number = "" if machine["family"] is None else f" (family {machine['family']}, model {machine['number']})"
     named = [machine["system"], f"{machine['model']}{number}" if machine["model"] else "", _cores(machine)]
     said = [f"machine: {', '.join(filter(None, named))}; OMP_NUM_THREADS {machine['threads']}"]
-    said.append(f"means by {machine['kernel']}")
+    said.append(f"kernel: {machine['kernel']}")
     if machine["caches"]:
         said.append(f"caches: {'; '.join(map(_cache, machine['caches']))}")
     state = [f"transparent huge pages: {machine['huge_pages']}"] if machine["huge_pages"] else []

@@ -436,8 +436,9 @@ def test_bench_takes_the_ranks_of_torchrun():
     byname = {row[0]: row[1:] for row in table[1:]}
     assert list(byname) == [*BASES, "torch's averager", "funcavg, donate", OFF]
     assert byname["torch's averager"][3] == byname["memcpy"][4] == "1.00"
-    assert [line.partition(":")[0] for line in lines[-6:-2]] == [
+    assert [line.partition(":")[0] for line in lines[-7:-2]] == [
         "machine",
+        "kernel",
         "caches",
         "transparent huge pages",
         "memcpy",

@@ -23,6 +23,7 @@ MACHINE = {
     "huge_pages": None,
     "load": [0.25, 0.5, 0.75],
     "threads": "1",
+    "kernel": "C (AVX2)",
 }
 TIMES = {
     "nothing but the barriers": [0.1, 0.1, 0.1, 0.1],

@@ -43,6 +43,7 @@ def test_what_linux_says(root, monkeypatch):
     monkeypatch.setattr(os, "getloadavg", lambda: (0.5, 1.25, 2.0))
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     monkeypatch.setattr(machine, "cores", lambda: 1)
+    monkeypatch.setattr(machine, "kernel_in_use", lambda: "C (AVX2)")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     found = machine.describe(root)
     assert {name: found[name] for name in found if name != "system"} == {
@@ -60,12 +61,14 @@ def test_what_linux_says(root, monkeypatch):
         "huge_pages": "never",
         "load": [0.5, 1.25, 2.0],
         "threads": "1",
+        "kernel": "C (AVX2)",
     }
     assert machine.lines(found, {"rank 0 alone": 9.5, "each of 2 at once": 5.0}) == [
         (
             f"machine: {found['system']}, AMD EPYC 9R14 (family 25, model 17), 2 cores, 4 processors, of which rank 0 "
             f"may use 1; OMP_NUM_THREADS 1"
         ),
+        "kernel: C (AVX2)",
         "caches: L2 of 1024K, shared by 0-1 | 2-3; L3 of 32768K, shared by 0-3",
         "transparent huge pages: never; load before the run: 0.50, 1.25, 2.00 (1, 5, 15 minutes)",
         "memcpy: 9.50 GB/s by rank 0 alone, 5.00 GB/s by each of 2 at once",
@@ -94,6 +97,6 @@ def test_a_system_that_says_nothing(tmp_path, monkeypatch, load):
     assert found["load"] is None
     assert found["model"] is None
     assert {name: found[name] for name in NOWHERE} == NOWHERE
-    (line,) = machine.lines(found, {})
+    line, _ = machine.lines(found, {})
     assert "None" not in line
     assert line.startswith(f"machine: {found['system']}, {os.cpu_count()} processor")
