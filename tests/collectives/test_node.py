@@ -341,7 +341,7 @@ def without(rank, names, broken):
     result = average({"w": np.full(3, float(rank))}, timeout=20)["w"].tolist()
     average(1.0)
     node = session_of(as_collective())._node
-    memory = [line for line in Path("/proc/self/maps").read_text().splitlines() if "funcavg" in line]
+    memory = [line for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:funcavg" in line]
     return result, node and node.nodes, lines, len(memory)
 
 
@@ -406,7 +406,7 @@ def forks(rank):
             average(1.0)
         except RuntimeError as error:
             os.write(writer, str(error).encode())
-        inherited = "funcavg" in Path("/proc/self/maps").read_text()
+        inherited = "memfd:funcavg" in Path("/proc/self/maps").read_text()
         os.write(writer, b" INHERITED" if inherited else b" clean")
         os._exit(0)
     os.close(writer)

@@ -49,7 +49,7 @@ def descriptors() -> list[str]:
 
 def shared_memory() -> list[str]:
     """Return the lines of funcavg's memory in this process's map."""
-    return [line for line in Path("/proc/self/maps").read_text().splitlines() if "funcavg" in line]
+    return [line for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:funcavg" in line]
 
 
 def run_processes(
