@@ -355,3 +355,12 @@ def test_memory_of_other_lengths_is_refused():
         sums.add(four, 1.0)
     with pytest.raises(ValueError, match="expected length"):
         sums.mean_into(four, 1.0)
+
+
+def test_products_are_rounded_alike_everywhere():
+    """No multiplication is fused with an addition: torch's would be where it is vectorised, and not in the rest."""
+    arrays = [build(S("numpy", "float64", (1003,)), rank) for rank in range(3)]
+    weights = [1.0, 0.3, 0.7]
+    out = torch.empty(1003, dtype=torch.float64)
+    tensor_mean_into(out, [torch.from_numpy(array) for array in arrays], weights)
+    assert bits(out) == bits(kernel(arrays, weights))
