@@ -371,3 +371,12 @@ def test_views_stay_of_one_kind_when_torch_is_imported_later():
     skip_without("torch")
     environ = os.environ | {"FUNCAVG_KERNEL": "off"}
     subprocess.run([sys.executable, "-c", LATE_TORCH], env=environ, check=True, timeout=100)
+
+
+def test_products_are_rounded_alike_everywhere():
+    """No multiplication is fused with an addition: torch's would be where it is vectorised, and not in the rest."""
+    arrays = [build(S("numpy", "float64", (1003,)), rank) for rank in range(3)]
+    weights = [1.0, 0.3, 0.7]
+    out = torch.empty(1003, dtype=torch.float64)
+    tensor_mean_into(out, [torch.from_numpy(array) for array in arrays], weights)
+    assert bits(out) == bits(kernel(arrays, weights))
