@@ -13,8 +13,9 @@ Where buckets begin depends only on what ranks agree about: dtypes, shapes, orde
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -124,10 +125,10 @@ class Bucket(NamedTuple):
     element: str  # dtype
     itemsize: int  # bytes
     mine: Any  # bytes, (rows, row bytes)
-    theirs: Any  # of other ranks: the same, of which each row came from another; on a node, everyone's `mine`
+    theirs: Any  # of other ranks: the same, of which each row came from another; on a node, its `Station`
     landing: Any  # as `mine`
     padding: Any  # the bytes behind the last element, which no leaf fills
-    parts: list[_Part]
+    parts: Callable[[], list[_Part]]  # made when first asked for: leaves that lie in order are not packed
     own: tuple[Family, int, int, int] | None  # all of it is bytes m to n of one leaf: (family, leaf, m, n)
 
     def rows_in(self, carriers: Sequence[Any]) -> Any:
@@ -140,14 +141,14 @@ class Bucket(NamedTuple):
 
     def pack(self, carriers: Sequence[Any]) -> None:
         """Copy pieces of the leaves into `mine`."""
-        for part in self.parts:
+        for part in self.parts():
             part.pack(carriers)
         if len(self.padding):
             self.padding[...] = 0
 
     def unpack(self, results: Any) -> None:
         """Copy `landing`, now the mean, into pieces of the results; make those that are not there yet."""
-        for part in self.parts:
+        for part in self.parts():
             part.unpack(results)
 
 
@@ -200,11 +201,19 @@ def _fill(ranges: Sequence[tuple[_Row, int, int]], capacity: int) -> Iterator[li
 def _bucket(element: str, ranges: Sequence[tuple[_Row, int, int]], size: int, slots: Lender, position: int) -> Bucket:
     itemsize = ranges[0][0][2].native.itemsize
     count = sum(stop - start for _, start, stop in ranges)
-    shard = -(-count // size) * itemsize
-    mine, theirs, landing = slots.lend(position, size, shard)
+    mine, theirs, landing = slots.lend(position, size, -(-count // size) * itemsize)
+    own = None
+    if len(ranges) == 1 and count % size == 0:
+        (number, family, _), start, stop = ranges[0]
+        own = family, number, start * itemsize, stop * itemsize
+    parts = functools.cache(functools.partial(_parts_of, ranges, mine, landing, alone=own is not None))
+    return Bucket(position, element, itemsize, mine, theirs, landing, mine.reshape(-1)[count * itemsize :], parts, own)
+
+
+def _parts_of(ranges: Sequence[tuple[_Row, int, int]], mine: Any, landing: Any, *, alone: bool) -> list[_Part]:
+    itemsize = ranges[0][0][2].native.itemsize
     given, taken = mine.reshape(-1), landing.reshape(-1)
     parts: dict[Family, _Part] = {}
-    alone = len(ranges) == 1 and count % size == 0
     begin = 0
     for (number, family, leaf), start, stop in ranges:
         part = parts.setdefault(family, _Part(family))
@@ -221,17 +230,13 @@ def _bucket(element: str, ranges: Sequence[tuple[_Row, int, int]], size: int, sl
             begin = end
     if len(parts) == 1 and all(len(leaf.shape) == 1 and not leaf.device for (_, _, leaf), _, _ in ranges):
         (part,) = parts.values()
-        part.run = part.family.window(given[:begin], ranges[0][0][2].native, (count,))
-    own = None
-    if alone:
-        (number, family, _), start, stop = ranges[0]
-        own = family, number, start * itemsize, stop * itemsize
-    return Bucket(position, element, itemsize, mine, theirs, landing, given[begin:], list(parts.values()), own)
+        part.run = part.family.window(given[:begin], ranges[0][0][2].native, (begin // itemsize,))
+    return list(parts.values())
 
 
 def made_by(plan: Sequence[Bucket]) -> set[int]:
     """Return the leaves whose results `Bucket.unpack` can make: others must be there before."""
-    return {leaf for bucket in plan for part in bucket.parts for leaf in part.made}
+    return {leaf for bucket in plan if bucket.own is None for part in bucket.parts() for leaf in part.made}
 
 
 def cut(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[Index, tuple[int, ...]]]:

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from funcavg._memory import address_of
+
 __all__ = ["BlockSum", "Library", "address", "choose", "kernel_in_use", "library"]
 
 VERSION = 2  # of the interface: kernel.c has the same
@@ -117,8 +119,7 @@ def address(memory: npt.NDArray[Any]) -> int:
     """Return where an array begins. It must live as long as the address is used."""
     if not memory.flags.c_contiguous:
         raise ValueError(f"shards must lie in one piece, got strides {memory.strides} of shape {memory.shape}")
-    begin: int = memory.__array_interface__["data"][0]
-    return begin
+    return address_of(memory)
 
 
 def packer(count: int) -> Any:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from funcavg import _points
 from funcavg._engine.buckets import Bucket
 from funcavg._engine.crossing import DELAY, Crossing, weights_by_node
 from funcavg._engine.lanes import Cargo
 from funcavg._engine.mean import Means, wide
-from funcavg._engine.steps import NodePlan, Place
+from funcavg._engine.steps import NodePlan
 from funcavg._memory import address_of
 from funcavg._trees import Family
 from funcavg.collectives.node import Node
@@ -94,20 +94,19 @@ class NodeLane:
 
     def _reduce(self, bucket: Bucket) -> None:
         station, means = bucket.theirs, self._means_of(bucket.element)
-        if not station.operands:
-            station.operands = [means.operand(shard) for shard in station.shards]
-        shards, own = station.operands, self._sources.shard(bucket, means)
+        if bucket.element not in station.operands:
+            operands = [means.operand(shard) for shard in station.shards]
+            station.operands[bucket.element] = operands, means.operand(station.landing)
+        (shards, landing), own = station.operands[bucket.element], self._sources.shard(bucket, means)
         if own is not None:
             shards = shards.copy()
             shards[self.node.index] = own
         if self.crossing is None:
-            if station.target is None:
-                station.target = means.target(station.landing)
             result = own if self._targets is self._sources else self._targets.shard(bucket, means)
             if result is None:
-                means.write(station.target, shards, station.nbytes)
+                means.write(landing, shards, station.nbytes)
             else:  # there, and to the slot while it is in the cache
-                means.write(result, shards, station.nbytes, station.target)
+                means.write(result, shards, station.nbytes, landing)
         else:
 
             def local_mean(out: Any) -> None:
@@ -140,22 +139,30 @@ class NodeLane:
                 ctypes.memmove(target + begin, slot, nbytes)
 
 
+class _Place(NamedTuple):
+    """Where a leaf lies."""
+
+    address: int  # 0: not in order, or out of reach
+    flat: Any  # its bytes
+    pointer: Callable[[Any], int] | None  # asked whether it still lies there, if it might not
+
+
 class _Memory:
     """Where large leaves lie: found once for a call."""
 
     def __init__(self, carriers: Sequence[Any], *, written: bool = False) -> None:
         self.carriers, self._are_written = carriers, written
-        self._places: dict[int, Place] = {}
+        self._places: dict[int, _Place] = {}
         self._operands: dict[int, Any] = {}  # leaves as the kernel takes them
         self._families: dict[int, Family] = {}
 
-    def find(self, family: Family, leaf: int) -> Place:
+    def find(self, family: Family, leaf: int) -> _Place:
         """Return where a leaf lies; raise RuntimeError if its memory has been freed."""
         place = self._places.get(leaf)
         if place is not None and not self.has_moved(leaf):
             return place
         flat = family.as_bytes(self.carriers[leaf])
-        place = Place(0, None, None) if flat is None else Place(address_of(flat), flat, family.pointer)
+        place = _Place(0, None, None) if flat is None else _Place(address_of(flat), flat, family.pointer)
         if flat is not None and self._are_written:
             family.written(self.carriers[leaf])
             self._families[leaf] = family
@@ -178,9 +185,9 @@ class _Memory:
 
     def shard(self, bucket: Bucket, means: Means) -> Any:
         """Return this rank's shard of a bucket there, as the kernel takes it; None if it does not lie there."""
-        if not self.address(bucket):
+        if bucket.own is None or not self.address(bucket):
             return None
-        _, leaf, begin, _ = bucket.own  # type: ignore[misc]
+        _, leaf, begin, _ = bucket.own
         if leaf not in self._operands:
             self._operands[leaf] = means.operand(self._places[leaf].flat)
         return means.part(self._operands[leaf], begin + bucket.theirs.begin, begin + bucket.theirs.end)

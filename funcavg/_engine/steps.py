@@ -6,7 +6,7 @@ its deadline, and so is what C does not know: packing, other nodes, and means of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,9 +17,9 @@ from funcavg._engine.kernel import Library, library
 from funcavg._engine.mean import Means
 from funcavg._memory import address_of
 from funcavg._trees import Family, Leaf
-from funcavg.collectives.node import Node, schedule
+from funcavg.collectives.node import SLOTS, Node, schedule
 
-__all__ = ["NodePlan", "Place", "Step", "Table"]
+__all__ = ["NodePlan", "Station", "Step", "Table"]
 
 PYTHON, COPY, MEAN = range(3)  # actions, as kernel.c numbers them
 CHUNK = 48  # steps that C takes at most before Python looks around: at signals, and whether leaves are still there
@@ -42,8 +42,7 @@ class Station:
         self.nbytes = self.end - self.begin
         self.shards = [slot[self.begin : self.end] for slot in everyone]
         self.landing = out[self.begin : self.end]
-        self.operands: list[Any] = []  # the shards, as the kernel takes them
-        self.target: Any = None  # and where their mean goes
+        self.operands: dict[str, tuple[list[Any], Any]] = {}  # by dtype: shards and landing, as the kernel takes them
         others = [(begin, end) for begin, end in ((0, self.begin), (self.end, len(out))) if begin < end]
         mine, means = address_of(everyone[node.index]), address_of(out)
         self.given = [(mine + begin, begin, end - begin) for begin, end in others]  # address, from where on, bytes
@@ -57,13 +56,17 @@ class _NodeSlots:
 
     def __init__(self, node: Node) -> None:
         self._node = node
+        self._lent: dict[tuple[int, int], tuple[Any, Station, Any]] = {}  # there are many buckets, of few lengths
 
     def lend(self, number: int, rows: int, nbytes: int) -> tuple[Any, Station, Any]:
         """Return this rank's in-slot, its station, and the out-slot: so many rows of ``nbytes``."""
-        everyone, out = self._node.slots(number)
-        everyone, out = [slot[: rows * nbytes] for slot in everyone], out[: rows * nbytes]
-        station = Station(self._node, everyone, out, nbytes)
-        return everyone[self._node.index].reshape(rows, nbytes), station, out.reshape(rows, nbytes)
+        key = number % SLOTS, nbytes
+        if key not in self._lent:
+            everyone, out = self._node.slots(number)
+            everyone, out = [slot[: rows * nbytes] for slot in everyone], out[: rows * nbytes]
+            station, mine = Station(self._node, everyone, out, nbytes), everyone[self._node.index]
+            self._lent[key] = mine.reshape(rows, nbytes), station, out.reshape(rows, nbytes)
+        return self._lent[key]
 
 
 class Step(NamedTuple):
@@ -95,14 +98,6 @@ class NodePlan:
         self.bytes_sent = (nbytes - mine if node.size > 1 else 0) + mine * (node.size - 1)
         found = library()
         self.table = None if found is None else Table(found, node, self.steps, crosses=crosses)
-
-
-class Place(NamedTuple):
-    """Where a leaf lies."""
-
-    address: int  # 0: not in order, or out of reach
-    flat: Any  # its bytes
-    pointer: Callable[[Any], int] | None  # asked whether it still lies there, if it might not
 
 
 class Table:
@@ -162,7 +157,7 @@ class Table:
         filled = sources, targets, weights
         if filled == self._filled:
             return
-        self._filled = filled
+        self._filled = None
         rows, means = self._rows, {element: means_of(element) for element in self._elements}
         given, taken = (np.array([*places, 0], np.uint64) for places in (sources, targets))  # -1 finds the 0
         for (numbers, leaves, begins), side, places in (
@@ -173,8 +168,12 @@ class Table:
                 found = places[leaves]
                 rows[side][numbers] = found[:, None] + begins
                 rows["action"][numbers] = np.where(found, COPY, PYTHON)
-        if not self._means or self._crosses:
-            return
+        if self._means and not self._crosses:
+            self._fill_means(given, taken, means)
+        self._filled = filled
+
+    def _fill_means(self, given: Any, taken: Any, means: Mapping[str, Means]) -> None:
+        rows = self._rows
         source, target, shards = given[self._leaf_of], taken[self._leaf_of], self._shards.copy()
         shards[:, self._index] = np.where(source, source + self._begin_of, shards[:, self._index])
         kept = next(iter(means.values())).kept
