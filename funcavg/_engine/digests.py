@@ -13,7 +13,6 @@ two changes of sign cancel each other in it. xxHash is 6 times faster still, but
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -23,7 +22,7 @@ import numpy.typing as npt
 
 from funcavg._engine.buckets import cut
 from funcavg._engine.session import Session
-from funcavg._trees import Family, Leaf, Request
+from funcavg._trees import Family, Leaf, Request, blake2b
 from funcavg.collectives.base import Collective
 
 __all__ = ["DIGEST_BYTES", "Digest", "digests_of", "ranks_that_differ"]
@@ -55,9 +54,7 @@ class Digest:
         if len(rest) >= 8 * LANES[1]:
             narrow = np.full(LANES[1], ODD)
             rest = np.concatenate([_mix(narrow, rest), narrow.view("u1")])
-        sealed = hashlib.blake2b(self._nbytes.to_bytes(8, "little"), digest_size=DIGEST_BYTES)
-        sealed.update(rest.tobytes())
-        return sealed.digest()
+        return blake2b(self._nbytes.to_bytes(8, "little") + rest.tobytes(), DIGEST_BYTES)
 
 
 def _mix(lanes: npt.NDArray[np.uint64], data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
@@ -125,7 +122,7 @@ def ranks_that_differ(
     """
     gather = session.gather or collective.gather
     everything = b"".join(digests)
-    summary = hashlib.blake2b(everything, digest_size=16).digest()
+    summary = blake2b(everything, 16)
     found: dict[int, list[int]] = {}
     if len(set(gather(summary, timeout))) == 1:
         return found

@@ -11,7 +11,6 @@ import functools
 import os
 import struct
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from funcavg._memory import address_of
 __all__ = ["BlockSum", "Library", "address", "choose", "kernel_in_use", "library"]
 
 VERSION = 2  # of the interface: kernel.c has the same
-LIBRARY = Path(__file__).with_name("libkernel.so")  # hatch_build.py puts it there
+LIBRARY = __file__.removesuffix("kernel.py") + "libkernel.so"  # hatch_build.py puts it there; pathlib is slow to import
 DTYPES = {"float32": 0, "float64": 1, "bfloat16": 2, "float16": 3}  # as kernel.c numbers them
 ITEMSIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 LEVELS = ("C", "C (AVX2)")  # baseline code, and functions for processors that have more
@@ -46,10 +45,10 @@ class Plan(ctypes.Structure):
 class Library:
     """The library, loaded. OSError says why it cannot be."""
 
-    def __init__(self, path: Path) -> None:
-        if not path.exists():
+    def __init__(self, path: str) -> None:
+        if not os.access(path, os.R_OK):
             raise FileNotFoundError("not built when funcavg was installed: there was no C compiler, or it failed")
-        loaded = ctypes.CDLL(str(path))
+        loaded = ctypes.CDLL(path)
         found = loaded.funcavg_version() if hasattr(loaded, "funcavg_version") else None
         if found != VERSION:
             raise OSError(f"{path} has interface {found}, and this release {VERSION}: install funcavg again")
@@ -74,7 +73,7 @@ class Library:
         return Plan(count, numbers, norm, DTYPES[element], DTYPES[into or element], self.level)
 
 
-def choose(environ: Mapping[str, str], path: Path = LIBRARY) -> tuple[Library | None, str]:
+def choose(environ: Mapping[str, str], path: str = LIBRARY) -> tuple[Library | None, str]:
     """Return the library, or None, and which kernel that is, and why.
 
     ``FUNCAVG_KERNEL=off`` leaves the library out, and ``require`` makes it an error if it is not there.

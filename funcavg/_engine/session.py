@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import functools
 import os
-import signal
 import sys
 import threading
-import traceback
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
@@ -245,6 +243,9 @@ def same_configuration(before: Any, session: Session) -> Any:
 
 def _was_signal(error: BaseException) -> bool:
     """Say whether a signal handler has raised it, such as that of Ctrl-C."""
+    import signal
+    import traceback
+
     if isinstance(error, KeyboardInterrupt):
         return True
     handlers = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()} - {None}

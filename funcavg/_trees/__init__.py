@@ -17,7 +17,7 @@ from funcavg._trees.arrays import (
     wrap_local_tensor,
     zeros_like,
 )
-from funcavg._trees.claim import HEADER_BYTES, Claim, Header, digest, find_differences, listed
+from funcavg._trees.claim import HEADER_BYTES, Claim, Header, blake2b, digest, find_differences, listed
 from funcavg._trees.compared import Compared
 from funcavg._trees.containers import ROOT, Flat, combine, flatten
 from funcavg._trees.layouts import Layout
@@ -39,6 +39,7 @@ __all__ = [
     "StandIn",
     "Timeout",
     "Where",
+    "blake2b",
     "check_weight",
     "checked_timeout",
     "combine",

@@ -11,14 +11,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from funcavg._trees.survey import ROOT
 
-__all__ = ["HEADER_BYTES", "Claim", "Header", "digest", "find_differences", "listed"]
+__all__ = ["HEADER_BYTES", "Claim", "Header", "blake2b", "digest", "find_differences", "listed"]
 
 MAGIC, VERSION = b"favg", 2
 FORMAT = struct.Struct("<4sHHd16s8s8s")
@@ -29,7 +28,14 @@ SHOWN = 5  # differences listed in an error
 
 def digest(lines: Sequence[str]) -> bytes:
     """Return 16 bytes that stand for ``lines``."""
-    return hashlib.blake2b("\n".join(lines).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return blake2b("\n".join(lines).encode("utf-8", "surrogatepass"), 16)
+
+
+def blake2b(data: bytes, nbytes: int) -> bytes:
+    """Return ``nbytes`` that stand for ``data``."""
+    import hashlib  # with OpenSSL's library, which would be a tenth of the time that funcavg's import takes
+
+    return hashlib.blake2b(data, digest_size=nbytes).digest()
 
 
 class Header(NamedTuple):

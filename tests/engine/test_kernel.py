@@ -301,11 +301,11 @@ def test_without_the_library(tmp_path):
     missing, broken = tmp_path / "missing.so", tmp_path / "broken.so"
     broken.write_text("no library", encoding="utf-8")
     for path, why in [(missing, "not built when funcavg was installed"), (broken, "invalid ELF header|file too short")]:
-        found, which = choose({}, path)
+        found, which = choose({}, str(path))
         assert found is None
         assert which.startswith(PYTHON + " (the C kernel ")
         with pytest.raises(RuntimeError, match=f"FUNCAVG_KERNEL=require, but the C kernel .*({why}).*C compiler"):
-            choose({"FUNCAVG_KERNEL": "require"}, path)
+            choose({"FUNCAVG_KERNEL": "require"}, str(path))
 
 
 def test_a_library_of_another_release(tmp_path):
@@ -313,7 +313,7 @@ def test_a_library_of_another_release(tmp_path):
     other = tmp_path / "other.so"
     (tmp_path / "other.c").write_text("int funcavg_version(void) { return 0; }", encoding="utf-8")
     subprocess.run([compiler, "-shared", "-fPIC", "-o", other, tmp_path / "other.c"], check=True)
-    found, which = choose({}, other)
+    found, which = choose({}, str(other))
     assert found is None
     assert "interface 0, and this release" in which
 
