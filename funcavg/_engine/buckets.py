@@ -29,6 +29,7 @@ AHEAD = 4  # measured over Gloo, two ranks: 1.1 to 1.2 times faster than 1, no s
 SLOTS = 2 * AHEAD + 1
 Index = tuple[slice | int, ...]
 _Row = tuple[int, Family, Leaf]  # a leaf's number among the carriers, and what it is
+_Range = tuple[_Row, int, int]  # and which of its elements, from and to
 
 
 def bucket_bytes(size: int) -> int:
@@ -129,6 +130,7 @@ class Bucket(NamedTuple):
     landing: Any  # as `mine`
     padding: Any  # the bytes behind the last element, which no leaf fills
     parts: Callable[[], list[_Part]]  # made when first asked for: leaves that lie in order are not packed
+    ranges: Sequence[_Range]  # the elements that it holds
     own: tuple[Family, int, int, int] | None  # all of it is bytes m to n of one leaf: (family, leaf, m, n)
 
     def rows_in(self, carriers: Sequence[Any]) -> Any:
@@ -164,7 +166,7 @@ def make_plan(leaves: Sequence[_Row], size: int, slots: Lender, limit: int) -> l
     for element, rows in by_element.items():
         itemsize = rows[0][2].native.itemsize
         capacity = max(limit // itemsize // size, 1) * size  # elements, a multiple of the number of shards
-        ranges: list[tuple[_Row, int, int]] = []
+        ranges: list[_Range] = []
         for row in rows:
             count = math.prod(row[2].shape)
             done = 0
@@ -180,9 +182,9 @@ def make_plan(leaves: Sequence[_Row], size: int, slots: Lender, limit: int) -> l
     return plan
 
 
-def _fill(ranges: Sequence[tuple[_Row, int, int]], capacity: int) -> Iterator[list[tuple[_Row, int, int]]]:
+def _fill(ranges: Sequence[_Range], capacity: int) -> Iterator[list[_Range]]:
     """Yield ranges of leaves, (row, start, stop), in groups of ``capacity`` elements."""
-    group: list[tuple[_Row, int, int]] = []
+    group: list[_Range] = []
     room = capacity
     for row, begin, stop in ranges:
         start = begin
@@ -198,7 +200,7 @@ def _fill(ranges: Sequence[tuple[_Row, int, int]], capacity: int) -> Iterator[li
         yield group
 
 
-def _bucket(element: str, ranges: Sequence[tuple[_Row, int, int]], size: int, slots: Lender, position: int) -> Bucket:
+def _bucket(element: str, ranges: Sequence[_Range], size: int, slots: Lender, position: int) -> Bucket:
     itemsize = ranges[0][0][2].native.itemsize
     count = sum(stop - start for _, start, stop in ranges)
     mine, theirs, landing = slots.lend(position, size, -(-count // size) * itemsize)
@@ -207,10 +209,11 @@ def _bucket(element: str, ranges: Sequence[tuple[_Row, int, int]], size: int, sl
         (number, family, _), start, stop = ranges[0]
         own = family, number, start * itemsize, stop * itemsize
     parts = functools.cache(functools.partial(_parts_of, ranges, mine, landing, alone=own is not None))
-    return Bucket(position, element, itemsize, mine, theirs, landing, mine.reshape(-1)[count * itemsize :], parts, own)
+    padding = mine.reshape(-1)[count * itemsize :]
+    return Bucket(position, element, itemsize, mine, theirs, landing, padding, parts, ranges, own)
 
 
-def _parts_of(ranges: Sequence[tuple[_Row, int, int]], mine: Any, landing: Any, *, alone: bool) -> list[_Part]:
+def _parts_of(ranges: Sequence[_Range], mine: Any, landing: Any, *, alone: bool) -> list[_Part]:
     itemsize = ranges[0][0][2].native.itemsize
     given, taken = mine.reshape(-1), landing.reshape(-1)
     parts: dict[Family, _Part] = {}

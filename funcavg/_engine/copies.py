@@ -176,7 +176,7 @@ class NodeCopyLane:
             bucket.unpack(cargo.results)
         elif bucket.own is not None:
             np.copyto(target, bucket.landing)
-            bucket.own[0].written(cargo.results[bucket.own[1]])
+            bucket.own[0].written([cargo.results[bucket.own[1]]])
 
 
 class _Relay:

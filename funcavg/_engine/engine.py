@@ -14,9 +14,8 @@ from funcavg._engine.device_slots import DEVICE_BUCKET
 from funcavg._engine.digests import digests_of, ranks_that_differ
 from funcavg._engine.kernel import kernel_in_use
 from funcavg._engine.lanes import Cargo, DeviceLane, Lane
-from funcavg._engine.node_lane import NodeLane
+from funcavg._engine.node_lane import NodeLane, NodePlan
 from funcavg._engine.session import Session, nothing_is_late, session_of
-from funcavg._engine.steps import NodePlan
 from funcavg._errors import PeerLostError
 from funcavg._trees import Claim, Layout, Options, Request
 from funcavg.collectives.base import Collective
@@ -106,6 +105,7 @@ def move(request: Request, agreement: Agreement, collective: Collective, out: Se
                 timeout,
                 land_in_results=not late or (out is None and not donate),
                 send_from_leaves=not late or out is None,
+                addresses=request.addresses,
             )
             for lane in _lanes(request, agreement, collective, session, prepare):
                 lane.carry(cargo)
@@ -132,6 +132,8 @@ def _finish(request: Request, leaves: Sequence[Any], results: Sequence[Any], tie
     """Turn filled carriers into results of the leaves' own kinds."""
     layout = request.layout
     assert layout is not None
+    if request.options.donate and len(layout.mutable) == len(leaves):
+        return list(leaves)
     finished = list(results)
     for family in layout.members:
         special = [i for i in layout.special if layout.families[i] is family and i not in ties]

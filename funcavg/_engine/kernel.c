@@ -43,7 +43,7 @@
 #define INLINE static inline
 #endif
 
-#define VERSION 2 /* of this interface: kernel.py has the same */
+#define VERSION 3 /* of this interface: kernel.py has the same */
 
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };  /* dtypes, as kernel.py numbers them */
 enum { BASELINE, AVX2 };                       /* levels */
@@ -76,8 +76,11 @@ struct step {
     int64_t action;
     int64_t waits, least; /* a word, -1 for none, and what it must have come to at least */
     int64_t tells, told;  /* a word, -1 for none, and what it comes to */
-    uint64_t to[2], from[2], sizes[2];          /* of COPY */
-    uint64_t means, shards, out, also, nbytes;  /* of MEAN: what funcavg_mean takes */
+    int64_t first, count; /* of COPY: which copies */
+    uint64_t means, shards, out, also, nbytes; /* of MEAN: what funcavg_mean takes */
+};
+struct copy {
+    uint64_t to, from, nbytes;
 };
 enum { PYTHON, COPY, MEAN }; /* actions */
 
@@ -555,7 +558,7 @@ VISIBLE int32_t funcavg_level(void);
 VISIBLE void funcavg_mean(const struct means *, const void *const *, void *, void *, size_t);
 VISIBLE void funcavg_add(const struct means *, const void *, double, int32_t, double *, void *, uint8_t *, size_t);
 VISIBLE void funcavg_write(const struct means *, void *, double, double *, const void *, uint8_t *, size_t);
-VISIBLE int64_t funcavg_steps(const struct step *, int64_t, int64_t, const uint64_t *, int64_t, int64_t);
+VISIBLE int64_t funcavg_steps(const struct step *, const struct copy *, int64_t, int64_t, const uint64_t *, int64_t, int64_t);
 
 int32_t funcavg_version(void) { return VERSION; }
 
@@ -673,8 +676,8 @@ static void *pointer(uint64_t address) { return (void *)(uintptr_t)address; }
 /* Go through steps from `position` to `end`, as far as others have come; return where it has stopped. Counts are of
  * this call: `before` it others have counted so far. A row of `words`, one for each word, has `width` numbers: where
  * this rank's own lies, how many others count it, and where theirs lie. */
-int64_t funcavg_steps(const struct step *steps, int64_t position, int64_t end, const uint64_t *words, int64_t width,
-                      int64_t before)
+int64_t funcavg_steps(const struct step *steps, const struct copy *copies, int64_t position, int64_t end,
+                      const uint64_t *words, int64_t width, int64_t before)
 {
     for (; WORDS && position < end; position++) {
         const struct step *step = steps + position;
@@ -685,8 +688,9 @@ int64_t funcavg_steps(const struct step *steps, int64_t position, int64_t end, c
                 if (word_at(row[2 + k]) < before + step->least) return position;
         }
         if (step->action == COPY) {
-            for (int k = 0; k < 2; k++)
-                if (step->sizes[k]) memcpy(pointer(step->to[k]), pointer(step->from[k]), (size_t)step->sizes[k]);
+            const struct copy *copy = copies + step->first;
+            for (int64_t k = 0; k < step->count; k++)
+                memcpy(pointer(copy[k].to), pointer(copy[k].from), (size_t)copy[k].nbytes);
         } else {
             funcavg_mean(pointer(step->means), pointer(step->shards), pointer(step->out), pointer(step->also),
                          (size_t)step->nbytes);

@@ -20,7 +20,7 @@ from funcavg._memory import address_of
 
 __all__ = ["BlockSum", "Library", "address", "choose", "kernel_in_use", "library"]
 
-VERSION = 2  # of the interface: kernel.c has the same
+VERSION = 3  # of the interface: kernel.c has the same
 LIBRARY = __file__.removesuffix("kernel.py") + "libkernel.so"  # hatch_build.py puts it there; pathlib is slow to import
 DTYPES = {"float32": 0, "float64": 1, "bfloat16": 2, "float16": 3}  # as kernel.c numbers them
 ITEMSIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
@@ -59,7 +59,7 @@ class Library:
         self.write.argtypes = [address, address, number, address, address, address, nbytes]
         self.mean.restype = self.add.restype = self.write.restype = None
         self.steps = loaded.funcavg_steps
-        self.steps.argtypes = [address, ctypes.c_int64, ctypes.c_int64, address, ctypes.c_int64, ctypes.c_int64]
+        self.steps.argtypes = [address, address, *[ctypes.c_int64] * 2, address, *[ctypes.c_int64] * 2]
         self.steps.restype = ctypes.c_int64
         self.level: int = loaded.funcavg_level()
         loaded.funcavg_source.restype = ctypes.c_uint32

@@ -33,6 +33,7 @@ class Cargo(NamedTuple):
     timeout: float  # seconds, for each bucket
     land_in_results: bool  # whether what arrives may be received there
     send_from_leaves: bool
+    addresses: Sequence[int] = ()  # where the leaves lay when the call began
 
 
 class Lane:
@@ -143,5 +144,5 @@ def _pump(lane: Lane, cargo: Cargo) -> None:
                 done.bucket.unpack(cargo.results)
             elif done.bucket.own is not None:
                 family, leaf, *_ = done.bucket.own
-                family.written(cargo.results[leaf])
+                family.written([cargo.results[leaf]])
             _points.reached("copied_out", done.bucket.number)

@@ -3,23 +3,43 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 from funcavg import _points
-from funcavg._engine.buckets import Bucket
+from funcavg._engine.buckets import Bucket, make_plan
 from funcavg._engine.crossing import DELAY, Crossing, weights_by_node
 from funcavg._engine.lanes import Cargo
 from funcavg._engine.mean import Means, wide
-from funcavg._engine.steps import NodePlan
+from funcavg._engine.steps import NodeSlots, Step
+from funcavg._engine.table import Table, Touched, make_table
 from funcavg._memory import address_of
-from funcavg._trees import Family
-from funcavg.collectives.node import Node
+from funcavg._trees import Family, Leaf
+from funcavg.collectives.node import Node, schedule
 
-__all__ = ["NodeLane"]
+__all__ = ["NodeLane", "NodePlan"]
 
 BEFORE = {"reduce": "arrived", "copy out": "done"}  # the points of a step
 AFTER = {"copy in": "copied_in", "reduce": "reduced", "copy out": "copied_out"}
+
+
+class NodePlan:
+    """Leaves, (number, family, leaf) each, in buckets of a node's slots, and what this rank does with them in turn."""
+
+    def __init__(self, node: Node, leaves: Sequence[tuple[int, Family, Leaf]]) -> None:
+        buckets = self.buckets = make_plan(leaves, node.rows, NodeSlots(node), node.slot_bytes)
+        crosses, reduces = len(node.nodes) > 1, node.index < node.shards
+        self.steps = [
+            Step(action, buckets[k], rule.waits, k + 1 - rule.behind, rule.tells, k + 1)
+            for action, k in schedule(len(buckets), DELAY if crosses else 0)
+            if reduces or action not in ("reduce", "publish")
+            for rule in [node.rules[action]]
+        ]
+        # Others read all of this rank's in-slots but its own shard, and its own shard of the means.
+        nbytes = sum(bucket.mine.nbytes for bucket in buckets)
+        mine = nbytes // node.shards if reduces else 0
+        self.bytes_sent = (nbytes - mine if node.size > 1 else 0) + mine * (node.size - 1)
+        self.table = make_table(node, self.steps, crosses=crosses)
 
 
 class NodeLane:
@@ -34,15 +54,23 @@ class NodeLane:
 
     def carry(self, cargo: Cargo) -> None:
         """Move all buckets."""
-        node, plan, table, timeout = self.node, self.plan, self.plan.table, cargo.timeout
-        here, between = weights_by_node(node.nodes, cargo.weights)
+        here, between = weights_by_node(self.node.nodes, cargo.weights)
         if self.crossing is not None:
-            self.crossing.begin(between, timeout)
-        weights = here[node.here]
+            self.crossing.begin(between, cargo.timeout)
+        weights = here[self.node.here]
         self._counts = weights is None or any(weights)  # else nobody reads this node's means
         self._weights, self._means = weights if self._counts else None, dict[str, Means]()
-        self._targets = _Memory(cargo.results, written=True)
-        self._sources = self._targets if cargo.results is cargo.carriers else _Memory(cargo.carriers)
+        self._sources = self._targets = _Memory(cargo.carriers, cargo.addresses)
+        if cargo.results is not cargo.carriers:
+            self._targets = _Memory(cargo.results)
+        try:
+            self._carry(cargo.timeout)
+        finally:  # also where an error has stopped it half way
+            self._targets.have_been_written(self.plan.table)
+        self.collective.bytes_sent += self.plan.bytes_sent
+
+    def _carry(self, timeout: float) -> None:
+        node, steps, table = self.node, self.plan.steps, self.plan.table
         actions = {
             "copy in": self._copy_in,
             "reduce": self._reduce,
@@ -51,16 +79,17 @@ class NodeLane:
         }
         watched = _points.are_watched()
         self._fill()
-        position, before = 0, node.begin(len(plan.buckets))
-        while position < len(plan.steps):
-            action, bucket, waits, least, tells, told = plan.steps[position]
+        position, before = 0, node.begin(len(self.plan.buckets))
+        while position < len(steps):
+            action, bucket, waits, least, tells, told = steps[position]
             if waits is not None:
                 node.wait(waits, before + least, timeout)
             if watched and action in BEFORE:
                 _points.reached(BEFORE[action], bucket.number)
             following = position
             if table is not None:
-                if any([self._have_moved(leaf) for leaf in table.touched(position)]):
+                read, written = table.touched(position)
+                if self._sources.have_moved(read) or self._targets.have_moved(written):
                     self._fill()
                 following = table.run(position, before, one=watched)
             if following == position:
@@ -71,18 +100,13 @@ class NodeLane:
             if watched and action in AFTER:
                 _points.reached(AFTER[action], bucket.number)
             position = following
-        self._targets.all_written()
-        self.collective.bytes_sent += plan.bytes_sent
 
     def _fill(self) -> None:
-        if self.plan.table is not None:
-            leaves = self.plan.table.leaves
-            sources = [self._sources.find(family, leaf).address for leaf, family in leaves.items()]
-            targets = [self._targets.find(family, leaf).address for leaf, family in leaves.items()]
-            self.plan.table.fill(sources, targets, self._weights, self._means_of)
-
-    def _have_moved(self, leaf: int) -> bool:
-        return self._sources.has_moved(leaf) or (self._targets is not self._sources and self._targets.has_moved(leaf))
+        table = self.plan.table
+        if table is not None:
+            sources = self._sources.places(table)
+            targets = sources if self._targets is self._sources else self._targets.places(table)
+            table.fill(sources, targets, self._weights, self._means_of)
 
     def _copy_in(self, bucket: Bucket) -> None:
         source = self._sources.address(bucket)
@@ -139,49 +163,50 @@ class NodeLane:
                 ctypes.memmove(target + begin, slot, nbytes)
 
 
-class _Place(NamedTuple):
-    """Where a leaf lies."""
-
-    address: int  # 0: not in order, or out of reach
-    flat: Any  # its bytes
-    pointer: Callable[[Any], int] | None  # asked whether it still lies there, if it might not
-
-
 class _Memory:
-    """Where large leaves lie: found once for a call."""
+    """Where leaves lie: found for a call, and again when they have moved.
 
-    def __init__(self, carriers: Sequence[Any], *, written: bool = False) -> None:
-        self.carriers, self._are_written = carriers, written
-        self._places: dict[int, _Place] = {}
-        self._operands: dict[int, Any] = {}  # leaves as the kernel takes them
-        self._families: dict[int, Family] = {}
+    ``known`` is where they lay when the call began, as their families say. Until `have_moved` sees otherwise, those
+    that are packed are taken to lie there, without a look at each.
+    """
 
-    def find(self, family: Family, leaf: int) -> _Place:
-        """Return where a leaf lies; raise RuntimeError if its memory has been freed."""
-        place = self._places.get(leaf)
-        if place is not None and not self.has_moved(leaf):
-            return place
-        flat = family.as_bytes(self.carriers[leaf])
-        place = _Place(0, None, None) if flat is None else _Place(address_of(flat), flat, family.pointer)
-        if flat is not None and self._are_written:
-            family.written(self.carriers[leaf])
-            self._families[leaf] = family
-        self._operands.pop(leaf, None)
-        self._places[leaf] = place
-        return place
+    def __init__(self, carriers: Sequence[Any], known: Sequence[int] = ()) -> None:
+        self.carriers, self._ask, self._all_there = carriers, not known, False
+        self._addresses = list(known) or [0] * len(carriers)  # 0 or less: nowhere, not in order, or out of reach
+        self._large: dict[int, tuple[Family, Any]] = {}  # leaves that have buckets of their own, and their bytes
+        self._operands: dict[int, Any] = {}  # and these as the kernel takes them
 
-    def has_moved(self, leaf: int) -> bool:
-        """Say whether a leaf lies elsewhere than when it was found."""
-        place = self._places[leaf]
-        return place.pointer is not None and place.pointer(self.carriers[leaf]) != place.address
+    def places(self, table: Table) -> list[int]:
+        """Return where a table's leaves lie; raise RuntimeError if the memory of one has been freed."""
+        for leaf, family in table.large.items():
+            self._find(family, leaf)
+        for family, leaves in table.small.items() if self._ask else ():
+            for leaf in leaves:
+                if self.carriers[leaf] is not None:  # else it is a result that buckets make
+                    self._addresses[leaf] = _address(family.as_bytes(self.carriers[leaf]))
+        self._ask = True
+        places = list(map(self._addresses.__getitem__, table.leaves))
+        self._all_there = min(places, default=0) > 0
+        return places
+
+    def have_moved(self, touched: Touched) -> bool:
+        """Say whether one of these leaves lies elsewhere than when it was found."""
+        carriers, addresses = self.carriers, self._addresses
+        for family, leaves in touched:
+            there = leaves if self._all_there else [leaf for leaf in leaves if addresses[leaf] > 0]
+            if there and family.pointer is not None:
+                now = list(map(family.pointer, map(carriers.__getitem__, there)))
+                if now != list(map(addresses.__getitem__, there)):
+                    return True
+        return False
 
     def address(self, bucket: Bucket) -> int:
         """Return where a bucket begins in a leaf of its own; 0 if it has none, or not in order."""
         if bucket.own is None:
             return 0
         family, leaf, begin, _ = bucket.own
-        place = self.find(family, leaf)
-        return place.address and place.address + begin
+        self._find(family, leaf)
+        return self._addresses[leaf] and self._addresses[leaf] + begin
 
     def shard(self, bucket: Bucket, means: Means) -> Any:
         """Return this rank's shard of a bucket there, as the kernel takes it; None if it does not lie there."""
@@ -189,10 +214,24 @@ class _Memory:
             return None
         _, leaf, begin, _ = bucket.own
         if leaf not in self._operands:
-            self._operands[leaf] = means.operand(self._places[leaf].flat)
+            self._operands[leaf] = means.operand(self._large[leaf][1])
         return means.part(self._operands[leaf], begin + bucket.theirs.begin, begin + bucket.theirs.end)
 
-    def all_written(self) -> None:
-        """Tell once more that leaves have been written to: their framework may have looked at them meanwhile."""
-        for leaf, family in self._families.items():
-            family.written(self.carriers[leaf])
+    def have_been_written(self, table: Table | None) -> None:
+        """Tell frameworks whose leaves have been written to behind their backs."""
+        leaves = {family: list(its) for family, its in table.small.items()} if table is not None else {}
+        for leaf, (family, _) in self._large.items():
+            leaves.setdefault(family, []).append(leaf)
+        for family, its in leaves.items():
+            reached = its if self._all_there else [leaf for leaf in its if self._addresses[leaf] > 0]
+            family.written(list(map(self.carriers.__getitem__, reached)))
+
+    def _find(self, family: Family, leaf: int) -> None:
+        if leaf not in self._large or self.have_moved([(family, [leaf])]):
+            flat = family.as_bytes(self.carriers[leaf])
+            self._large[leaf], self._addresses[leaf] = (family, flat), _address(flat)
+            self._operands.pop(leaf, None)
+
+
+def _address(flat: Any) -> int:
+    return 0 if flat is None else address_of(flat)

@@ -202,7 +202,7 @@ class _Kernel(Solo):
                 family.copy([results[i][place] for place in places], [window] * len(places))
             else:
                 whole.reshape(rows.shape)[...] = mean
-                family.written(results[i])
+                family.written([results[i]])
 
 
 def _torch_mean(leaf: Any, axis: int, weights: Sequence[float] | None) -> Any:

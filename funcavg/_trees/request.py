@@ -26,6 +26,7 @@ class Request(NamedTuple):
     options: Options
     ties: dict[int, int]  # averaged leaf -> the first with the same memory
     only: frozenset[int] | None = None  # positions that may be averaged
+    addresses: Sequence[int] = ()  # of averaged leaves, as their families say; none of a transform's
 
     @property
     def leaves(self) -> list[Any]:
@@ -62,7 +63,7 @@ def make_request(flat: Flat, options: Options, *, only: frozenset[int] | None = 
                 f"not one of the {1 + len(more)} averaged leaves has an element: {first}{', ...' if more else ''}. If "
                 f"parameters have been partitioned, as by ZeRO-3 or FSDP, gather them first and average inside of that."
             )
-        ties = {}
+        ties, addresses = {}, []
         if not wrapped:
             everything = flat.leaves
             leaves = everything if layout.all_averaged else [everything[i] for i in layout.averaged]
@@ -81,7 +82,7 @@ def make_request(flat: Flat, options: Options, *, only: frozenset[int] | None = 
         options.weight is not None,
         donates_ties=options.donate and bool(ties),
     )
-    return Request(flat, layout, claim, options, ties, only)
+    return Request(flat, layout, claim, options, ties, only, addresses)
 
 
 def failed_request(mistake: Exception, options: Options) -> Request:

@@ -26,6 +26,7 @@ class Leaf(NamedTuple):
     native: Any = None  # the carrier's dtype, in the framework's own terms
     plain: bool = False  # the leaf is its own carrier, and its result needs no wrapping
     device: str = ""  # the accelerator in whose memory it lies, in torch's terms; "" on the host
+    in_order: bool = False  # the carrier lies in C order on the host, where its family's `pointer` says
     compact: bool = False  # a copy of what lies in a bucket (`Family.copies`) is as good a result as `fresh` memory
 
 
@@ -106,8 +107,8 @@ class Family:
         """Return True if `refuse_donation` need not be asked, leaf by leaf, about what may change between calls."""
         return False
 
-    def written(self, carrier: Any) -> None:
-        """Tell the framework that bytes of a carrier have been written to behind its back."""
+    def written(self, carriers: Sequence[Any]) -> None:
+        """Tell the framework that bytes of carriers have been written to behind its back."""
 
     def as_bytes(self, carrier: Any) -> Any:
         """View the memory of a contiguous carrier on the host as flat NumPy bytes; None if that cannot be."""

@@ -31,6 +31,7 @@ class Tensors(Family):
             tuple([leaf.is_contiguous() or leaf.stride() for leaf in leaves]),
             tuple([leaf.device for leaf in leaves]),
             tuple([leaf.layout for leaf in leaves]),
+            any(map(torch.Tensor.is_neg, leaves)) and tuple(map(torch.Tensor.is_neg, leaves)),
             tuple([leaf.requires_grad for leaf in leaves]),
             parts_of(leaves),
         )
@@ -48,9 +49,9 @@ class Tensors(Family):
         if dtype.is_complex:
             shape, native = (*shape, 2), dtype.to_real()
         plain = not dtype.is_complex and type(leaf) is torch.Tensor and not leaf.requires_grad
-        in_order = leaf.device.type == "cpu" and not dtype.is_complex and leaf.is_contiguous()
-        compact = in_order and is_compact(shape, leaf.nbytes, HUGE)
-        return Leaf(text, _name(native), shape, native, plain, _accelerator(leaf), compact)
+        in_order = leaf.device.type == "cpu" and leaf.is_contiguous() and not leaf.is_neg()
+        compact = in_order and not dtype.is_complex and is_compact(shape, leaf.nbytes, HUGE)
+        return Leaf(text, _name(native), shape, native, plain, _accelerator(leaf), in_order, compact)
 
     def _text(self, leaf: Any) -> str:
         """Return the words for a leaf; raise TypeError if it has no memory of elements, one after the other."""
@@ -119,10 +120,12 @@ class Tensors(Family):
             return False
         return not any(map(torch.Tensor.is_inference, leaves))
 
-    def written(self, carrier: Any) -> None:
+    def written(self, carriers: Sequence[Any]) -> None:
         # Else a backward pass that has saved a donated leaf would take its new values for the old ones.
-        if not carrier.is_inference():
-            torch.autograd.graph.increment_version(carrier)
+        try:
+            torch.autograd.graph.increment_version(carriers)
+        except RuntimeError:  # some releases refuse inference tensors, which have no version
+            torch.autograd.graph.increment_version([carrier for carrier in carriers if not carrier.is_inference()])
 
     def as_bytes(self, carrier: Any) -> Any:
         if carrier.device.type != "cpu" or not carrier.is_contiguous() or carrier.is_neg():
