@@ -30,7 +30,7 @@ STEP = np.dtype(  # `struct step` of kernel.c
     ]
 )
 COPIES = np.dtype([(name, np.uint64) for name in ("to", "from", "nbytes")])  # `struct copy` of kernel.c
-NOWHERE, ZEROS = -1, -2  # in the place of leaves: one that is not in order, and what fills a bucket's end
+NOWHERE = -1  # in the place of a leaf that is not in order
 
 
 Touched: TypeAlias = list[tuple[Family, list[int]]]
@@ -65,7 +65,6 @@ class Table:
         self._find_leaves(list({step.bucket.number: step.bucket for step in steps}.values()))
         self.leaves = [*self.large, *(leaf for its in self.small.values() for leaf in its)]  # in the table's order
         self._order = {leaf: at for at, leaf in enumerate(self.leaves)}
-        self._zeros = np.zeros(max((len(step.bucket.padding) for step in steps), default=0), np.uint8)
         self._all = np.zeros(0, COPIES)
         self._copies = [self._add_copies(steps, "copy in"), self._add_copies(steps, "copy out")]
         self._add_means(steps)
@@ -132,8 +131,6 @@ class Table:
             nbytes = (stop - start) * bucket.itemsize
             copies.append((slot, self._order.get(number, NOWHERE), start * bucket.itemsize, nbytes))
             slot += nbytes
-        if into_slot and len(bucket.padding):
-            copies.append((slot, ZEROS, 0, len(bucket.padding)))
         return copies
 
     def _add_means(self, steps: Sequence[Step]) -> None:
@@ -162,8 +159,9 @@ class Table:
             return
         self._filled = None
         means = {element: means_of(element) for element in self._elements}
-        ends = [address_of(self._zeros), 0]  # found as ZEROS and NOWHERE
-        given, taken = (np.maximum([*places, *ends], 0).astype(np.uint64) for places in (sources, targets))
+        given, taken = (
+            np.maximum([*places, 0], 0).astype(np.uint64) for places in (sources, targets)
+        )  # the 0: NOWHERE
         for copies, places in zip(self._copies, (given, taken), strict=True):
             if len(copies.steps):
                 found = places[copies.leaves]
