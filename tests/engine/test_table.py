@@ -54,7 +54,8 @@ def leaves_of(rank):
         *(torch.randn(8, dtype=torch.complex64), torch.nn.Parameter(torch.randn(17)), torch.randn(300_001)),
         *(torch.arange(4), np.random.default_rng(rank).normal(size=11).astype("f4"), 0.5 + rank),
     ]
-    return plain, halves, doubles, others
+    negated = [torch._neg_view(torch.randn(9)) for _ in range(60)]  # whose memory is in order, but of other numbers
+    return plain, halves, doubles, others, negated
 
 
 def as_numbers(leaf):
@@ -98,6 +99,8 @@ def test_leaves_in_order_are_packed_in_c_and_others_beside_them(donate, size):
     for share, means in run_processes(size, every_kind, size, (0, 1, 2, 3), donate):
         assert 0 < share < 1  # a bucket with a leaf that C cannot reach is packed in Python
         assert means
+    for share, _ in run_processes(size, every_kind, size, (4,), False):
+        assert share == 0
 
 
 def moved(rank, donate, point):
