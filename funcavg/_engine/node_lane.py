@@ -227,10 +227,12 @@ class _Memory:
             family.written(list(map(self.carriers.__getitem__, reached)))
 
     def _find(self, family: Family, leaf: int) -> None:
-        if leaf not in self._large or self.have_moved([(family, [leaf])]):
-            flat = family.as_bytes(self.carriers[leaf])
-            self._large[leaf], self._addresses[leaf] = (family, flat), _address(flat)
-            self._operands.pop(leaf, None)
+        carrier, pointer, address = self.carriers[leaf], family.pointer, self._addresses[leaf]
+        if leaf in self._large and (pointer is None or not address or pointer(carrier) == address):
+            return
+        flat = family.as_bytes(carrier)
+        self._large[leaf], self._addresses[leaf] = (family, flat), _address(flat)
+        self._operands.pop(leaf, None)
 
 
 def _address(flat: Any) -> int:
