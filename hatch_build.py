@@ -2,27 +2,42 @@
 
 `FUNCAVG_KERNEL=off` leaves it out, and `require` makes it an error if it cannot be built. Without it the wheel is one
 for all platforms, and means are calculated by NumPy and torch.
+
+What was built is loaded and tried at once, by this Python: so there is no cross compiling. `CFLAGS` is not heard, since
+flags that are good for others (`-Ofast`) would change what comes out; what `CC` says is taken whole.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
-import platform
 import shlex
 import shutil
 import subprocess
-import sysconfig
+import sys
 import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+from packaging import tags
 
 SOURCE = "funcavg/_engine/kernel.c"
 LIBRARY = "funcavg/_engine/libkernel.so"
 # C99's arithmetic as it is written: nothing contracted. No exception is looked at, so none need be kept.
 FLAGS = "-std=c99 -O3 -ffp-contract=off -fno-trapping-math -fvisibility=hidden -fPIC -shared"
+# A few bits that flags can spoil, also for whoever loads the library: a sum above the largest float, and denormals.
+TRIAL = """
+import ctypes, struct, sys
+kernel = ctypes.CDLL(sys.argv[1])
+plan = struct.pack("@qPdiii", 2, 0, 2.0, 0, 0, kernel.funcavg_level())
+shards = [ctypes.create_string_buffer(struct.pack("=2f", 3.4e38, small), 8) for small in (1e-45, 3e-45)]
+addresses, out = (ctypes.c_void_p * 2)(*map(ctypes.addressof, shards)), ctypes.create_string_buffer(8)
+kernel.funcavg_mean(plan, addresses, out, None, ctypes.c_size_t(8))
+if out.raw != struct.pack("=2f", 3.4e38, 3e-45) or 5e-324 * 1.0 == 0.0:
+    raise SystemExit(f"its mean of (3.4e38, 3.4e38) and (1e-45, 3e-45) is {struct.unpack('=2f', out.raw)}")
+"""
 
 
 def compiler() -> list[str]:
@@ -32,29 +47,31 @@ def compiler() -> list[str]:
 
 
 def build(source: Path, library: Path) -> str:
-    """Build the library; return what went wrong."""
+    """Build the library, and try it; return what went wrong."""
     command = compiler()
     if not command:
         return "no C compiler was found: cc, gcc, clang, or what CC says"
     made = library.with_name(f".{library.name}.{os.getpid()}")  # the old one may be in use
     told = f"-DFUNCAVG_SOURCE={zlib.crc32(source.read_bytes())}u"
-    users = shlex.split(os.environ.get("CFLAGS", ""))
-    command = [*command, *users, *FLAGS.split(), told, "-o", str(made), str(source)]
+    command = [*command, *FLAGS.split(), told, "-o", str(made), str(source)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+        for step in (command, [sys.executable, "-c", TRIAL, str(made)]):
+            done = subprocess.run(step, capture_output=True, text=True, check=False)  # noqa: S603
+            if done.returncode:
+                what = "failed" if step is command else "made a library that this Python cannot use"
+                return f"{shlex.join(command)} {what}:\n{done.stderr}"
+        made.replace(library)
     except OSError as error:
         return f"{shlex.join(command)}: {error}"
-    if done.returncode or not made.exists():
+    finally:
         made.unlink(missing_ok=True)
-        return f"{shlex.join(command)} failed:\n{done.stderr}"
-    made.replace(library)
     return ""
 
 
 def platform_tag() -> str:
     """Return the platform that a library is for which was built here, as wheels call it."""
-    name = sysconfig.get_platform().replace("universal2", platform.machine())  # the library is for this machine alone
-    return name.replace("-", "_").replace(".", "_")
+    # Who builds at home promises nothing about other distributions.
+    return next(tag for tag in tags.platform_tags() if not tag.startswith(("manylinux", "musllinux")))
 
 
 class KernelHook(BuildHookInterface):  # type: ignore[type-arg]
@@ -62,19 +79,22 @@ class KernelHook(BuildHookInterface):  # type: ignore[type-arg]
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Build it, and say that the wheel is for this platform."""
-        setting = os.environ.get("FUNCAVG_KERNEL", "").lower()
-        if setting not in ("", "off", "require"):
+        setting = os.environ.get("FUNCAVG_KERNEL", "")
+        if setting.lower() not in ("", "off", "require"):
             raise ValueError(f"FUNCAVG_KERNEL must be off or require, or not be set, got {setting!r}")
         root = Path(self.root)
-        if setting == "off":
+        if version == "editable":
+            library = root / LIBRARY
+            library.unlink(missing_ok=True)  # that of an earlier source, or of a setting that has changed
+        else:
+            folder = tempfile.mkdtemp(prefix="funcavg-")
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)  # when the wheel is there
+            library = Path(folder, "libkernel.so")
+        if setting.lower() == "off":
             return
-        self._made = Path(tempfile.mkdtemp(prefix="funcavg-"))
-        library = root / LIBRARY if version == "editable" else self._made / "libkernel.so"
         problem = build(root / SOURCE, library)
-        if problem:
-            shutil.rmtree(self._made)
-        if problem and setting == "require":
-            raise RuntimeError(f"FUNCAVG_KERNEL=require, but the C kernel was not built: {problem}")
+        if problem and setting:
+            raise RuntimeError(f"FUNCAVG_KERNEL={setting}, but the C kernel was not built: {problem}")
         if problem:
             self.app.display_warning(f"funcavg goes without its C kernel: {problem}")
             return
@@ -82,8 +102,3 @@ class KernelHook(BuildHookInterface):  # type: ignore[type-arg]
             build_data["force_include"][str(library)] = LIBRARY
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{platform_tag()}"
-
-    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
-        """Take the wheel's library away again."""
-        if hasattr(self, "_made"):
-            shutil.rmtree(self._made, ignore_errors=True)

@@ -229,7 +229,7 @@ def _parts_of(ranges: Sequence[_Range], mine: Any, landing: Any, *, alone: bool)
             window = landed = family.window(given[begin:end], leaf.native, shape)
             if landing is not mine:
                 landed = family.window(taken[begin:end], leaf.native, shape)
-            part.add(number, index, window, landed, make=leaf.compact and index is None and not alone)
+            part.add(number, index, window, landed, make=not alone and _is_made(leaf, start, stop))
             begin = end
     if len(parts) == 1 and all(len(leaf.shape) == 1 and not leaf.device for (_, _, leaf), _, _ in ranges):
         (part,) = parts.values()
@@ -239,7 +239,17 @@ def _parts_of(ranges: Sequence[_Range], mine: Any, landing: Any, *, alone: bool)
 
 def made_by(plan: Sequence[Bucket]) -> set[int]:
     """Return the leaves whose results `Bucket.unpack` can make: others must be there before."""
-    return {leaf for bucket in plan if bucket.own is None for part in bucket.parts() for leaf in part.made}
+    return {
+        number
+        for bucket in plan
+        if bucket.own is None
+        for (number, _, leaf), start, stop in bucket.ranges
+        if _is_made(leaf, start, stop)
+    }
+
+
+def _is_made(leaf: Leaf, start: int, stop: int) -> bool:
+    return leaf.compact and stop - start == math.prod(leaf.shape)
 
 
 def cut(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[Index, tuple[int, ...]]]:

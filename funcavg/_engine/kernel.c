@@ -1,12 +1,13 @@
 /* The kernel's arithmetic in C: the bits of arithmetic.py, in one pass over memory.
  *
- * Loaded with ctypes by kernel.py, which knows these functions and `struct means`. It needs no Python, no libm, no
- * threads, and returns at once. Every element is summed by itself: no other has a say in its bits. Lengths are counts
- * of elements. Memory may lie at any address, so it is read and written by memcpy, which compilers make a plain move.
+ * Loaded with ctypes by kernel.py, which knows these functions and `struct means`; `struct step` and `struct copy` are
+ * rows of table.py's. It needs no Python, no libm, no threads, and returns at once. Every element is summed by itself:
+ * no other has a say in its bits. Memory may lie at any address, so it is read and written by memcpy, which compilers
+ * make a plain move.
  *
  * Loops are written for compilers to vectorise. What they make of them is compiled twice where that helps, for any
  * processor of the platform and for one with AVX2 and F16C, and chosen when it runs. IEEE 754 and C99 leave no choice
- * of bits here, but for NaN's: hence no fast-math and no contraction, and denormal numbers are never flushed.
+ * of bits here, but for NaN's: hence no fast-math and no contraction, and on x86 denormal numbers are never flushed.
  */
 
 #include <float.h>
@@ -71,12 +72,13 @@ struct sums {
     uint8_t *flags;
 };
 
-/* What a rank does with a bucket in the memory of its node: a row of the table of steps.py. Addresses are numbers. */
+/* What a rank does with a bucket in the memory of its node: a row of table.py's. Addresses are numbers. */
 struct step {
     int64_t action;
     int64_t waits, least; /* a word, -1 for none, and what it must have come to at least */
     int64_t tells, told;  /* a word, -1 for none, and what it comes to */
-    int64_t first, count; /* of COPY: which copies */
+    int64_t count; /* of COPY: how many there are, and the first of them */
+    uint64_t copies;
     uint64_t means, shards, out, also, nbytes; /* of MEAN: what funcavg_mean takes */
 };
 struct copy {
@@ -558,7 +560,7 @@ VISIBLE int32_t funcavg_level(void);
 VISIBLE void funcavg_mean(const struct means *, const void *const *, void *, void *, size_t);
 VISIBLE void funcavg_add(const struct means *, const void *, double, int32_t, double *, void *, uint8_t *, size_t);
 VISIBLE void funcavg_write(const struct means *, void *, double, double *, const void *, uint8_t *, size_t);
-VISIBLE int64_t funcavg_steps(const struct step *, const struct copy *, int64_t, int64_t, const uint64_t *, int64_t, int64_t);
+VISIBLE int64_t funcavg_steps(const struct step *, int64_t, int64_t, const uint64_t *, int64_t, int64_t);
 
 int32_t funcavg_version(void) { return VERSION; }
 
@@ -676,8 +678,8 @@ static void *pointer(uint64_t address) { return (void *)(uintptr_t)address; }
 /* Go through steps from `position` to `end`, as far as others have come; return where it has stopped. Counts are of
  * this call: `before` it others have counted so far. A row of `words`, one for each word, has `width` numbers: where
  * this rank's own lies, how many others count it, and where theirs lie. */
-int64_t funcavg_steps(const struct step *steps, const struct copy *copies, int64_t position, int64_t end,
-                      const uint64_t *words, int64_t width, int64_t before)
+int64_t funcavg_steps(const struct step *steps, int64_t position, int64_t end, const uint64_t *words, int64_t width,
+                      int64_t before)
 {
     for (; WORDS && position < end; position++) {
         const struct step *step = steps + position;
@@ -688,7 +690,7 @@ int64_t funcavg_steps(const struct step *steps, const struct copy *copies, int64
                 if (word_at(row[2 + k]) < before + step->least) return position;
         }
         if (step->action == COPY) {
-            const struct copy *copy = copies + step->first;
+            const struct copy *copy = pointer(step->copies);
             for (int64_t k = 0; k < step->count; k++)
                 memcpy(pointer(copy[k].to), pointer(copy[k].from), (size_t)copy[k].nbytes);
         } else {

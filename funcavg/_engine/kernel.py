@@ -46,12 +46,12 @@ class Library:
     """The library, loaded. OSError says why it cannot be."""
 
     def __init__(self, path: str) -> None:
-        if not os.access(path, os.R_OK):
-            raise FileNotFoundError("not built when funcavg was installed: there was no C compiler, or it failed")
+        if not os.access(path, os.F_OK):
+            raise FileNotFoundError("it was not built when funcavg was installed; pip install -v says why")
         loaded = ctypes.CDLL(path)
         found = loaded.funcavg_version() if hasattr(loaded, "funcavg_version") else None
         if found != VERSION:
-            raise OSError(f"{path} has interface {found}, and this release {VERSION}: install funcavg again")
+            raise OSError(f"{path} has interface {found}, and this release {VERSION}")
         address, number, nbytes = ctypes.c_void_p, ctypes.c_double, ctypes.c_size_t
         self.mean, self.add, self.write = loaded.funcavg_mean, loaded.funcavg_add, loaded.funcavg_write
         self.mean.argtypes = [address, address, address, address, nbytes]
@@ -59,7 +59,7 @@ class Library:
         self.write.argtypes = [address, address, number, address, address, address, nbytes]
         self.mean.restype = self.add.restype = self.write.restype = None
         self.steps = loaded.funcavg_steps
-        self.steps.argtypes = [address, address, *[ctypes.c_int64] * 2, address, *[ctypes.c_int64] * 2]
+        self.steps.argtypes = [address, *[ctypes.c_int64] * 2, address, *[ctypes.c_int64] * 2]
         self.steps.restype = ctypes.c_int64
         self.level: int = loaded.funcavg_level()
         loaded.funcavg_source.restype = ctypes.c_uint32
@@ -93,9 +93,9 @@ def choose(environ: Mapping[str, str], path: str = LIBRARY) -> tuple[Library | N
         loaded = Library(path)
     except OSError as error:
         if setting:
-            cure = "install funcavg where there is a C compiler, or unset FUNCAVG_KERNEL"
-            raise RuntimeError(f"FUNCAVG_KERNEL={setting}, but the C kernel is {error}: {cure}") from error
-        return None, f"NumPy and torch (the C kernel is {error})"
+            cure = "Install funcavg again where there is a C compiler, or unset FUNCAVG_KERNEL."
+            raise RuntimeError(f"FUNCAVG_KERNEL={setting}, but the C kernel cannot be used: {error}. {cure}") from error
+        return None, f"NumPy and torch (the C kernel cannot be used: {error})"
     return loaded, LEVELS[loaded.level]
 
 

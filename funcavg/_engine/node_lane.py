@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from funcavg import _points
@@ -166,22 +166,22 @@ class NodeLane:
 class _Memory:
     """Where leaves lie: found for a call, and again when they have moved.
 
-    ``known`` is where they lay when the call began, as their families say. Until `have_moved` sees otherwise, those
-    that are packed are taken to lie there, without a look at each.
+    ``known`` is where they lay when the call began, as their families say. Until `have_moved` sees otherwise, small
+    ones are taken to lie there.
     """
 
     def __init__(self, carriers: Sequence[Any], known: Sequence[int] = ()) -> None:
         self.carriers, self._ask, self._all_there = carriers, not known, False
         self._addresses = list(known) or [0] * len(carriers)  # 0 or less: nowhere, not in order, or out of reach
-        self._large: dict[int, tuple[Family, Any]] = {}  # leaves that have buckets of their own, and their bytes
+        self._large: dict[int, tuple[Family, Any, Hashable]] = {}  # leaves with buckets of their own: bytes, extent
         self._operands: dict[int, Any] = {}  # and these as the kernel takes them
 
     def places(self, table: Table) -> list[int]:
         """Return where a table's leaves lie; raise RuntimeError if the memory of one has been freed."""
         for leaf, family in table.large.items():
             self._find(family, leaf)
-        for family, leaves in table.small.items() if self._ask else ():
-            for leaf in leaves:
+        for family, leaves in table.small.items():
+            for leaf in leaves if self._ask else ():
                 if self.carriers[leaf] is not None:  # else it is a result that buckets make
                     self._addresses[leaf] = _address(family.as_bytes(self.carriers[leaf]))
         self._ask = True
@@ -189,11 +189,13 @@ class _Memory:
         self._all_there = min(places, default=0) > 0
         return places
 
-    def have_moved(self, touched: Touched) -> bool:
-        """Say whether one of these leaves lies elsewhere than when it was found."""
+    def have_moved(self, touched: Sequence[Touched]) -> bool:
+        """Say whether one of these leaves lies elsewhere than when it was found, or has lost memory."""
         carriers, addresses = self.carriers, self._addresses
-        for family, leaves in touched:
-            there = leaves if self._all_there else [leaf for leaf in leaves if addresses[leaf] > 0]
+        for family, large, small in touched:
+            if any([family.extent(carriers[leaf]) != self._large[leaf][2] for leaf in large]):
+                return True
+            there = small if self._all_there else [leaf for leaf in small if addresses[leaf] > 0]
             if there and family.pointer is not None:
                 now = list(map(family.pointer, map(carriers.__getitem__, there)))
                 if now != list(map(addresses.__getitem__, there)):
@@ -220,19 +222,18 @@ class _Memory:
     def have_been_written(self, table: Table | None) -> None:
         """Tell frameworks whose leaves have been written to behind their backs."""
         leaves = {family: list(its) for family, its in table.small.items()} if table is not None else {}
-        for leaf, (family, _) in self._large.items():
+        for leaf, (family, _, _) in self._large.items():
             leaves.setdefault(family, []).append(leaf)
         for family, its in leaves.items():
             reached = its if self._all_there else [leaf for leaf in its if self._addresses[leaf] > 0]
             family.written(list(map(self.carriers.__getitem__, reached)))
 
     def _find(self, family: Family, leaf: int) -> None:
-        carrier, pointer, address = self.carriers[leaf], family.pointer, self._addresses[leaf]
-        if leaf in self._large and (pointer is None or not address or pointer(carrier) == address):
-            return
-        flat = family.as_bytes(carrier)
-        self._large[leaf], self._addresses[leaf] = (family, flat), _address(flat)
-        self._operands.pop(leaf, None)
+        extent = family.extent(self.carriers[leaf])
+        if leaf not in self._large or extent != self._large[leaf][2]:
+            flat = family.as_bytes(self.carriers[leaf])
+            self._large[leaf], self._addresses[leaf] = (family, flat, extent), _address(flat)
+            self._operands.pop(leaf, None)
 
 
 def _address(flat: Any) -> int:

@@ -67,6 +67,7 @@ def make_request(flat: Flat, options: Options, *, only: frozenset[int] | None = 
         if not wrapped:
             everything = flat.leaves
             leaves = everything if layout.all_averaged else [everything[i] for i in layout.averaged]
+            _check_memory(layout, leaves)
             addresses = _addresses(layout, leaves)
             ties = _find_ties(layout, leaves, addresses)
             if options.donate:
@@ -145,6 +146,18 @@ def _addresses(layout: Layout, leaves: Sequence[Any]) -> list[int]:
         for i, address in zip(members, found, strict=True):
             addresses[i] = address or -id(leaves[i])
     return addresses
+
+
+def _check_memory(layout: Layout, leaves: Sequence[Any]) -> None:
+    """Raise ValueError if the memory of a leaf has been freed: who reads it would crash."""
+    for family, members in layout.members.items():
+        chosen = leaves if len(members) == len(leaves) else [leaves[i] for i in members]
+        for i in members if not family.are_held(chosen) else ():
+            if not family.is_held(leaves[i]):
+                raise ValueError(
+                    f"{layout.name(i)} is {layout.leaves[i].text}, but its memory has been freed: its storage has been "
+                    f"resized. Average where parameters are gathered, as by FSDP's summon_full_params."
+                )
 
 
 def _check_donation(layout: Layout, leaves: Sequence[Any], addresses: Sequence[int], ties: dict[int, int]) -> None:

@@ -11,7 +11,7 @@ from helpers.processes import run_processes
 
 from funcavg import _points, average, mean
 from funcavg._engine.session import session_of
-from funcavg._engine.table import COPY, MEAN
+from funcavg._engine.table import CHUNK, COPY, MEAN, Table
 from funcavg.collectives import as_collective, discovery
 
 pytestmark = pytest.mark.usefixtures("kernel")
@@ -77,14 +77,18 @@ def every_kind(rank, size, kinds, donate):
         trees = [list(filter(can_be_donated, tree)) for tree in trees]
     tree, before = trees[rank], list(map(as_numbers, trees[rank]))
     wanted = list(map(as_numbers, mean(trees)))
-    for _ in range(2):  # the second time by a plan that is there, of equal trees
+    for _ in range(2):  # the second time by a plan that is there
         with torch.no_grad():
             results = average(tree, donate=donate, timeout=20)
-        found = list(map(as_numbers, results))
-        np.testing.assert_equal(found, wanted)
-        tree, before = (results, found) if donate else (tree, before)
+        np.testing.assert_equal(list(map(as_numbers, results)), wanted)
+        if donate:
+            tree = list(filter(can_be_donated, [leaf for kind in kinds for leaf in leaves_of(rank)[kind]]))
         np.testing.assert_equal(list(map(as_numbers, tree)), before)
-    (plan,) = plans()
+    plan = max(plans(), key=lambda plan: len(plan.buckets))
+    assert not any(
+        bucket.mine.reshape(-1)[len(bucket.mine.reshape(-1)) - len(bucket.padding) :].any()
+        for bucket in plan.buckets[-2:]
+    )
     actions = plan.table._rows["action"]
     packed = [i for i, step in enumerate(plan.steps) if step.bucket.own is None and step.action == "copy in"]
     return float((actions[packed] == COPY).mean()), bool((actions == MEAN).any())
@@ -103,8 +107,29 @@ def test_leaves_in_order_are_packed_in_c_and_others_beside_them(donate, size):
         assert share == 0
 
 
-def moved(rank, donate, point):
-    leaves = [torch.full((1000,), float(rank + i)) for i in range(600)]
+def after_run(step, do):
+    """Do something when C has first stopped behind a step, having taken as many at once as in any call."""
+    run, done = Table.run, []
+
+    def watched(*args, **options):
+        position = run(*args, **options)
+        if position > step and not done:
+            done.append(do())
+        return position
+
+    Table.run = watched
+
+
+def filled(rank, kind):
+    """Many small leaves, or a few large ones, of 2.4 MB in all; and their means over two ranks."""
+    leaves = [torch.full((1000,), float(rank + i)) for i in range(600)] if kind == "small" else None
+    leaves = leaves or [torch.full((300_000,), float(rank + i)) for i in range(2)]
+    return leaves, [0.5 + i for i in range(len(leaves))]
+
+
+def moved(rank, kind, donate, when):
+    discovery.slot_bytes = lambda sizes: 64 << 10
+    leaves, means = filled(rank, kind)
     old = [leaf.view(-1) for leaf in leaves]
 
     def move():
@@ -112,41 +137,90 @@ def moved(rank, donate, point):
             leaf.set_(leaf.clone())
             its.fill_(float("nan"))
 
-    average(leaves, donate=donate, timeout=20)
-    if donate:
-        for i, leaf in enumerate(leaves):
-            leaf.fill_(float(rank + i))
     if rank == 0:
-        when(point, 2, move)
+        when(move)
     results = average(leaves, donate=donate, timeout=20)
     (plan,) = plans()
-    assert len(plan.buckets) > 6
+    assert len(plan.buckets) > 30
     assert all(result is leaf for result, leaf in zip(results, leaves, strict=True)) == donate
-    return [float(result.min()) for result in results], [float(result.max()) for result in results]
+    assert not any(its.isfinite().any() for its in old) or rank == 1
+    return [float(result.min()) for result in results] == means == [float(result.max()) for result in results]
+
+
+def copied_in(do):
+    when("copied_in", 2, do)
+
+
+def done(do):
+    when("done", 2, do)
+
+
+def early(do):
+    after_run(0, do)
+
+
+def late(do):
+    after_run(50, do)
 
 
 @pytest.mark.parametrize("donate", [False, True])
-@pytest.mark.parametrize("point", ["copied_in", "done"])
-def test_small_leaves_that_move_under_way(point, donate):
-    means = [0.5 + i for i in range(600)]
-    assert run_processes(2, moved, donate, point) == [(means, means)] * 2
+@pytest.mark.parametrize("kind", ["small", "large"])
+@pytest.mark.parametrize("when", [copied_in, done, early, late])
+def test_leaves_that_move_under_way(when, kind, donate):
+    assert run_processes(2, moved, kind, donate, when) == [True, True]
 
 
-def freed(rank):
-    leaves = [torch.full((1000,), float(rank)) for _ in range(600)]
+def freed(rank, kind, when, held):
+    discovery.slot_bytes = lambda sizes: 64 << 10
+    leaves, _ = filled(rank, kind)
     average(leaves, donate=True, timeout=20)
+
+    def free():
+        for leaf in leaves:
+            leaf.untyped_storage().resize_(0)
+            leaf.untyped_storage().resize_(held)  # which may well lie at the same address
+
     if rank == 0:
-        when("copied_in", 2, lambda: [leaf.untyped_storage().resize_(0) for leaf in leaves])
+        when(free)
     try:
         average(leaves, donate=True, timeout=3)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
 
-def test_small_leaves_that_are_freed_under_way():
-    mine, other = run_processes(2, freed)
-    assert "RuntimeError: average: the memory of a tensor of shape [1000] has been freed while the call was" in mine
+@pytest.mark.parametrize(("kind", "held"), [("small", 0), ("large", 0), ("large", 600_000)])
+@pytest.mark.parametrize("when", [copied_in, early, late])
+def test_leaves_that_are_freed_under_way(when, kind, held):
+    mine, other = run_processes(2, freed, kind, when, held)
+    assert "RuntimeError: average: the memory of a tensor of shape [" in mine
+    assert f"has been freed: its storage has {held} bytes now" in mine
     assert "PeerLostError" in other
+
+
+def chunks(rank):
+    discovery.slot_bytes = lambda sizes: 4096
+    leaves, _ = filled(rank, "small")
+    average([*leaves, *filled(rank, "large")[0]], donate=True, timeout=20)
+    (plan,) = plans()
+    position = 0
+    while position < len(plan.steps):
+        chunk = plan.table._chunks[position]
+        assert position < chunk.end <= position + CHUNK
+        assert all(other is chunk for other in plan.table._chunks[position : chunk.end])
+        looked_at = {leaf for touched in (*chunk.read, *chunk.written) for leaf in touched.large + touched.small}
+        assert looked_at == {
+            number
+            for step in plan.steps[position : chunk.end]
+            for (number, _, _), _, _ in step.bucket.ranges
+            if step.action != "reduce" or step.bucket.own is not None
+        }
+        assert len(looked_at) <= CHUNK or chunk.end == position + 1
+        position = chunk.end
+    return len(set(map(id, plan.table._chunks)))
+
+
+def test_python_looks_at_all_leaves_of_the_steps_that_c_takes():
+    assert min(run_processes(2, chunks)) > 10
 
 
 def saved(rank):
@@ -164,6 +238,22 @@ def saved(rank):
 
 def test_autograd_notices_donated_leaves_that_c_has_written():
     assert run_processes(2, saved) == [True, True]
+
+
+def saved_by_an_older_torch(rank):
+    increment = torch.autograd.graph.increment_version
+
+    def of_one(tensor):
+        if not isinstance(tensor, torch.Tensor):
+            raise RuntimeError("increment_version expect a Tensor as input")
+        increment(tensor)
+
+    torch.autograd.graph.increment_version = of_one
+    return saved(rank)
+
+
+def test_autograd_notices_them_in_releases_that_are_told_of_one_at_a_time():
+    assert run_processes(2, saved_by_an_older_torch) == [True, True]
 
 
 def calls_per_bucket(rank, tree):

@@ -195,7 +195,7 @@ def test_memory_that_is_freed_under_way_is_an_error_and_no_crash():
     carrier = leaf.detach()
     leaf.untyped_storage().resize_(8)
     with pytest.raises(
-        RuntimeError, match=r"of a tensor of shape \[300000\] has been freed .* has 8 bytes now, of 1200000"
+        RuntimeError, match=r"of a tensor of shape \[300000\] has been freed: .* has 8 bytes now, of 1200000"
     ):
         Tensors().as_bytes(carrier)
 

@@ -110,6 +110,18 @@ class Family:
     def written(self, carriers: Sequence[Any]) -> None:
         """Tell the framework that bytes of carriers have been written to behind its back."""
 
+    def are_held(self, leaves: Sequence[Any]) -> bool:
+        """Return True if none of them can have lost its memory, and `is_held` need not be asked."""
+        return True
+
+    def is_held(self, leaf: Any) -> bool:
+        """Say whether all the memory of a leaf, or carrier, is still there."""
+        return True
+
+    def extent(self, carrier: Any) -> Hashable:
+        """Return where a carrier lies and how much memory is held for it, as far as either may change."""
+        return None
+
     def as_bytes(self, carrier: Any) -> Any:
         """View the memory of a contiguous carrier on the host as flat NumPy bytes; None if that cannot be."""
         return None

@@ -122,19 +122,31 @@ class Tensors(Family):
 
     def written(self, carriers: Sequence[Any]) -> None:
         # Else a backward pass that has saved a donated leaf would take its new values for the old ones.
+        increment = torch.autograd.graph.increment_version
         try:
-            torch.autograd.graph.increment_version(carriers)
-        except RuntimeError:  # some releases refuse inference tensors, which have no version
-            torch.autograd.graph.increment_version([carrier for carrier in carriers if not carrier.is_inference()])
+            increment(carriers)
+        except (RuntimeError, TypeError):  # other releases take one alone, and none of inference mode
+            for carrier in carriers:
+                if not carrier.is_inference():
+                    increment(carrier)
+
+    def are_held(self, leaves: Sequence[Any]) -> bool:
+        return 0 not in map(torch.UntypedStorage.nbytes, map(torch.Tensor.untyped_storage, leaves))
+
+    def is_held(self, leaf: Any) -> bool:
+        held: int = leaf.untyped_storage().nbytes()
+        return held >= _end_of(leaf)
+
+    def extent(self, carrier: Any) -> Hashable:
+        return carrier.data_ptr(), carrier.untyped_storage().nbytes()
 
     def as_bytes(self, carrier: Any) -> Any:
         if carrier.device.type != "cpu" or not carrier.is_contiguous() or carrier.is_neg():
             return None
-        held, begin = carrier.untyped_storage().nbytes(), carrier.storage_offset() * carrier.element_size()
-        if held < begin + carrier.nbytes:  # it was there when the call began
+        if not self.is_held(carrier):
             raise RuntimeError(
-                f"average: the memory of a tensor of shape {list(carrier.shape)} has been freed while the call was "
-                f"under way: its storage has {held} bytes now, of {begin + carrier.nbytes}. Wait for a handle before "
+                f"average: the memory of a tensor of shape {list(carrier.shape)} has been freed: its storage has "
+                f"{carrier.untyped_storage().nbytes()} bytes now, of {_end_of(carrier)}. Wait for a handle before "
                 f"parameters are resharded, or their storages resized."
             )
         return bytes_at(carrier.data_ptr(), carrier.nbytes, carrier)
@@ -236,6 +248,12 @@ class DTensors(Tensors):
     def addresses(self, leaves: Sequence[Any]) -> list[int]:
         return self.local.addresses([leaf._local_tensor for leaf in leaves])
 
+    def are_held(self, leaves: Sequence[Any]) -> bool:
+        return self.local.are_held([leaf._local_tensor for leaf in leaves])
+
+    def is_held(self, leaf: Any) -> bool:
+        return self.local.is_held(getattr(leaf, "_local_tensor", leaf))  # carriers are local shards
+
     def geometry(self, leaf: Any) -> Hashable:
         # Not a plain tensor's: a DTensor and its own local shard in one tree must each come back as what they are.
         return DTensors, leaf.shape, leaf.placements, self.local.geometry(leaf._local_tensor)
@@ -278,6 +296,13 @@ def _as_integers(tensor: Any) -> Any:
 
 def _name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _end_of(leaf: Any) -> int:
+    """Return how many bytes its storage must have."""
+    size: int = leaf.element_size()
+    last = sum((extent - 1) * stride for extent, stride in zip(leaf.shape, leaf.stride(), strict=True))
+    return size * (leaf.storage_offset() + last + 1) if leaf.numel() else 0
 
 
 def _accelerator(leaf: Any) -> str:
