@@ -13,6 +13,7 @@ its times is below the row's lower one; behind, the other way round; even, if th
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -25,14 +26,16 @@ from funcavg.cli import machine, report
 from funcavg.cli.environment import CliError, unlaunched
 from funcavg.cli.rows import BASES, FLOOR, NOTHING, OURS
 
-SAME = {  # what results must have in common: how to find it, and the bench's option for it
+SAME = {  # what results must have in common: how to find it, and what decides it
     "tree": (lambda result: result["tree"]["name"], "--tree"),
     "dtypes": (lambda result: ", ".join(result["tree"]["dtypes"]), "--dtype"),
     "bytes": (lambda result: result["tree"]["bytes"], "--tree"),
     "kind of leaves": (lambda result: result["kind"], "--leaves"),
     "device": (lambda result: result["device"], "--device"),
     "number of ranks": (lambda result: result["ranks"], "--ranks"),
-    "release of funcavg": (lambda result: result["funcavg"], "one release"),
+    "processor": (lambda result: result["machine"]["model"], "machine"),
+    "kernel": (lambda result: result["machine"]["kernel"], "FUNCAVG_KERNEL"),
+    "release of funcavg": (lambda result: result["funcavg"], "funcavg"),
 }
 MEASURES = (OURS, "funcavg", "funcavg in jit")  # what rows are compared with
 PASSED = {"tree": "resnet50", "dtype": None, "leaves": None, "ranks": 2, "turns": 15}  # to the bench, by `run`
@@ -56,7 +59,10 @@ def read(path):
 
 
 def merge(results):
-    """Return {library: {row: milliseconds of every turn}} of results by their file's name."""
+    """Return {library: {row: milliseconds of every turn}} of results by their file's name.
+
+    Of several runs of a library, times are as if each run's memcpy had taken as long as that of the first.
+    """
     (first, one), *others = results.items()
     for name, other in others:
         for what, (find, cure) in SAME.items():
@@ -65,11 +71,13 @@ def merge(results):
                     f"{first} and {name} differ in their {what}: {find(one)} and {find(other)}; measure both with the "
                     f"same {cure}"
                 )
-    libraries = {}
+    libraries, units = {}, {}
     for result in results.values():
         pooled = libraries.setdefault(result["library"], {})
+        unit = next(statistics.median(row["turns_ms"]) for row in result["rows"] if row["name"] == FLOOR)
+        scale = units.setdefault(result["library"], unit) / unit
         for row in result["rows"]:
-            pooled.setdefault(row["name"], []).extend(row["turns_ms"])
+            pooled.setdefault(row["name"], []).extend(scale * time for time in row["turns_ms"])
     return libraries
 
 
@@ -180,7 +188,16 @@ def measure(python, options):
     )
     if done.returncode:
         raise CliError(f"{python}: the bench has failed: {(done.stderr.strip() or 'no word').splitlines()[-1]}")
-    return json.loads(done.stdout[done.stdout.index("{") :])  # some libraries greet
+    for begin in (at for at, letter in enumerate(done.stdout) if letter == "{"):  # some libraries greet
+        with contextlib.suppress(ValueError):
+            return json.loads(done.stdout[begin:])
+    raise CliError(f"{python}: the bench has printed no result: {done.stdout.strip()[:200] or 'nothing at all'}")
+
+
+def _at_least_one(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
+    return int(text)
 
 
 def main(argv=None):
@@ -192,7 +209,7 @@ def main(argv=None):
     parser.add_argument("--markdown", action="store_true", help="only the table and its words, for docs")
     parser.add_argument("--plot", metavar="FILE", help="draw it into a .png, .svg or .pdf")
     if running:
-        parser.add_argument("--rounds", type=int, default=1, help="runs of each, by turns (default: 1)")
+        parser.add_argument("--rounds", type=_at_least_one, default=1, help="runs of each, by turns (default: 1)")
         parser.add_argument("--keep", type=Path, metavar="FOLDER", help="write each run's JSON into it")
         for name, default in PASSED.items():
             parser.add_argument(f"--{name}", default=default, help="as of `funcavg bench`")

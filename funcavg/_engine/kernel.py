@@ -10,6 +10,7 @@ import ctypes
 import functools
 import os
 import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from funcavg._memory import address_of
 __all__ = ["BlockSum", "Library", "address", "choose", "kernel_in_use", "library"]
 
 VERSION = 3  # of the interface: kernel.c has the same
-LIBRARY = __file__.removesuffix("kernel.py") + "libkernel.so"  # hatch_build.py puts it there; pathlib is slow to import
+LIBRARY = __file__.removesuffix("kernel.py") + "libkernel.so"  # hatch_build.py puts it there
 DTYPES = {"float32": 0, "float64": 1, "bfloat16": 2, "float16": 3}  # as kernel.c numbers them
 ITEMSIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 LEVELS = ("C", "C (AVX2)")  # baseline code, and functions for processors that have more
@@ -29,7 +30,7 @@ LEVELS = ("C", "C (AVX2)")  # baseline code, and functions for processors that h
 Bytes = npt.NDArray[np.uint8]
 
 
-class Plan(ctypes.Structure):
+class Prepared(ctypes.Structure):
     """What many means have in common: `struct means` of kernel.c."""
 
     _fields_ = (
@@ -46,12 +47,19 @@ class Library:
     """The library, loaded. OSError says why it cannot be."""
 
     def __init__(self, path: str) -> None:
+        from pathlib import Path  # which would be a tenth of the time that importing funcavg takes
+
         if not os.access(path, os.F_OK):
             raise FileNotFoundError("it was not built when funcavg was installed; pip install -v says why")
         loaded = ctypes.CDLL(path)
         found = loaded.funcavg_version() if hasattr(loaded, "funcavg_version") else None
         if found != VERSION:
             raise OSError(f"{path} has interface {found}, and this release {VERSION}")
+        loaded.funcavg_source.restype = ctypes.c_uint32
+        self.source: int = loaded.funcavg_source()  # a checksum of the source that it was built from
+        source = Path(path).with_name("kernel.c")
+        if source.exists() and zlib.crc32(source.read_bytes()) != self.source:
+            raise OSError(f"{path} was built from another kernel.c than the one beside it")
         address, number, nbytes = ctypes.c_void_p, ctypes.c_double, ctypes.c_size_t
         self.mean, self.add, self.write = loaded.funcavg_mean, loaded.funcavg_add, loaded.funcavg_write
         self.mean.argtypes = [address, address, address, address, nbytes]
@@ -62,15 +70,13 @@ class Library:
         self.steps.argtypes = [address, *[ctypes.c_int64] * 2, address, *[ctypes.c_int64] * 2]
         self.steps.restype = ctypes.c_int64
         self.level: int = loaded.funcavg_level()
-        loaded.funcavg_source.restype = ctypes.c_uint32
-        self.source: int = loaded.funcavg_source()  # a checksum of the source that it was built from
 
-    def plan(
+    def prepare(
         self, element: str, into: str = "", count: int = 1, weights: Sequence[float] | None = None, norm: float = 1.0
-    ) -> Plan:
+    ) -> Prepared:
         """Prepare means; what they are of, `Means` says."""
         numbers = None if weights is None else (ctypes.c_double * count)(*weights)
-        return Plan(count, numbers, norm, DTYPES[element], DTYPES[into or element], self.level)
+        return Prepared(count, numbers, norm, DTYPES[element], DTYPES[into or element], self.level)
 
 
 def choose(environ: Mapping[str, str], path: str = LIBRARY) -> tuple[Library | None, str]:
@@ -146,9 +152,9 @@ class BlockSum:
         found = library(self._element)
         assert found is not None
         kept = [address(array) for array in (self._total, self._first, self._flags)]
-        getattr(found, name)(_plan_of(found, self._element), address(memory), *numbers, *kept, len(memory))
+        getattr(found, name)(_prepared_for(found, self._element), address(memory), *numbers, *kept, len(memory))
 
 
 @functools.cache
-def _plan_of(found: Library, element: str) -> Any:
-    return ctypes.byref(found.plan(element))
+def _prepared_for(found: Library, element: str) -> Any:
+    return ctypes.byref(found.prepare(element))

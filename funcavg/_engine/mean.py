@@ -87,9 +87,9 @@ class Means:
             self._pair = len(self.kept) == 2 and self._weights is None and into == element and element in WIDE_ENOUGH
             self._scratch = np.empty(0)
         else:
-            plan = self._library.plan(element, into, len(self.kept), self._weights, self._norm)
-            self._call, self._plan, self._pack = self._library.mean, ctypes.byref(plan), packer(len(self.kept))
-            self.in_c = ctypes.addressof(plan)
+            prepared = self._library.prepare(element, into, len(self.kept), self._weights, self._norm)
+            self._call, self._plan, self._pack = self._library.mean, ctypes.byref(prepared), packer(len(self.kept))
+            self.in_c = ctypes.addressof(prepared)
 
     def operand(self, memory: Bytes) -> Any:
         """Return a shard as `write` takes it, to be used as long as the memory lives."""

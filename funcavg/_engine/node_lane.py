@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from funcavg import _points
 from funcavg._engine.buckets import Bucket, make_plan
 from funcavg._engine.crossing import DELAY, Crossing, weights_by_node
+from funcavg._engine.kernel import library
 from funcavg._engine.lanes import Cargo
 from funcavg._engine.mean import Means, wide
 from funcavg._engine.steps import NodeSlots, Step
-from funcavg._engine.table import Table, Touched, make_table
 from funcavg._memory import address_of
 from funcavg._trees import Family, Leaf
 from funcavg.collectives.node import Node, schedule
+
+if TYPE_CHECKING:
+    from funcavg._engine.table import Table, Touched
 
 __all__ = ["NodeLane", "NodePlan"]
 
@@ -39,7 +42,11 @@ class NodePlan:
         nbytes = sum(bucket.mine.nbytes for bucket in buckets)
         mine = nbytes // node.shards if reduces else 0
         self.bytes_sent = (nbytes - mine if node.size > 1 else 0) + mine * (node.size - 1)
-        self.table = make_table(node, self.steps, crosses=crosses)
+        self.table: Table | None = None
+        if (found := library()) is not None:
+            from funcavg._engine.table import Table  # which other lanes, and other kernels, need not import
+
+            self.table = Table(found, node, self.steps, crosses=crosses)
 
 
 class NodeLane:

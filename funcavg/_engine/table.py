@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcavg._engine.buckets import Bucket
-from funcavg._engine.kernel import Library, library
+from funcavg._engine.kernel import Library
 from funcavg._engine.mean import Means
 from funcavg._engine.steps import Step
 from funcavg._memory import address_of
 from funcavg._trees import Family
 from funcavg.collectives.node import Node
 
-__all__ = ["Table", "Touched", "make_table"]
+__all__ = ["Table", "Touched"]
 
 PYTHON, COPY, MEAN = range(3)  # actions, as kernel.c numbers them
 CHUNK = 48  # steps that C takes at most before Python looks around; and leaves, but for those of one step alone
@@ -218,9 +218,3 @@ def _leaves_of(step: Step, action: str) -> Iterator[tuple[int, Family]]:
     if step.action == action or (step.action == "reduce" and step.bucket.own is not None):
         for (number, family, _), _, _ in step.bucket.ranges:
             yield number, family
-
-
-def make_table(node: Node, steps: Sequence[Step], *, crosses: bool) -> Table | None:
-    """Return the table of a plan's steps, or None where there is no kernel in C."""
-    found = library()
-    return None if found is None else Table(found, node, steps, crosses=crosses)

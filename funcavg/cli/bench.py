@@ -98,10 +98,14 @@ def _check(args: argparse.Namespace) -> trees.Spec:
 
 def measure(job: Job, args: argparse.Namespace) -> None:
     """Time all rows on the job's ranks; rank 0 prints."""
-    found_here = machine.describe()  # before the run, which is a load itself
     libraries = [has(library) for library in ("torch", "jax", "mpi4jax")]  # which decide the rows
     options = [args.turns, args.rows, args.leaves, args.device]
-    spec = agree(job, lambda: _check(args), lambda spec: (spec, libraries, options))
+    # What the machine is like is asked before the run, which is a load itself.
+    found_here, spec = agree(
+        job,
+        lambda: (machine.describe(), _check(args)),
+        lambda made: (made[0]["kernel"], made[1], libraries, options),
+    )
     with ExitStack() as resources:
         rows, notes = agree(
             job, lambda: make_rows(job, spec, args, resources), lambda made: [row.name for row in made[0]]

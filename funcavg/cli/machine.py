@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from funcavg._engine import kernel_in_use
-from funcavg.cli.environment import cores
+from funcavg.cli.environment import CliError, cores
 
 __all__ = ["count", "describe", "lines"]
 
@@ -28,7 +28,7 @@ def describe(root: Path = ROOT) -> dict[str, Any]:
         "huge_pages": _huge_pages(_read(root / "sys/kernel/mm/transparent_hugepage/enabled")),
         "load": _load(),
         "threads": os.environ.get("OMP_NUM_THREADS", "unset"),
-        "kernel": kernel_in_use(),
+        "kernel": _kernel(),
     }
 
 
@@ -48,6 +48,13 @@ def lines(machine: Mapping[str, Any], speeds: Mapping[str, float]) -> list[str]:
     if speeds:
         said.append(f"memcpy: {', '.join(f'{speed:.2f} GB/s by {who}' for who, speed in speeds.items())}")
     return said
+
+
+def _kernel() -> str:
+    try:
+        return kernel_in_use()
+    except (RuntimeError, ValueError) as mistake:
+        raise CliError(str(mistake)) from mistake
 
 
 def _load() -> list[float] | None:

@@ -33,7 +33,7 @@ ABOUT = struct.Struct("<?qi8s16s")  # can, process id, descriptor, nonce, place
 
 
 def slot_bytes(sizes: Sequence[int]) -> int:
-    """Return the size of a slot for nodes of so many ranks: all slots of a node stay in its cache.
+    """Return the size of a slot for nodes of so many ranks: all slots of up to 9 ranks fit into a cache of 5 MiB.
 
     Where there are several nodes, they are large enough for the rows that go to the others. It follows from the nodes
     alone, never from a machine: all hosts cut buckets alike.

@@ -130,7 +130,15 @@ def changed(**tree):
         ({"kind": "jax"}, "differ in their kind of leaves: torch and jax; measure both with the same --leaves"),
         ({"device": "cuda"}, "differ in their device: cpu and cuda; measure both with the same --device"),
         ({"ranks": 4}, "differ in their number of ranks: 2 and 4; measure both with the same --ranks"),
-        ({"funcavg": "0.2"}, "differ in their release of funcavg: 0.1.0 and 0.2; measure both with the same one re"),
+        ({"funcavg": "0.2"}, "differ in their release of funcavg: 0.1.0 and 0.2; measure both with the same func"),
+        (
+            {"machine": MACHINE | {"kernel": "off"}},
+            "differ in their kernel: C (AVX2) and off; measure both with the sam",
+        ),
+        (
+            {"machine": MACHINE | {"model": "Xeon"}},
+            "differ in their processor: AMD EPYC and Xeon; measure both with th",
+        ),
     ],
 )
 def test_what_cannot_be_compared(written, capsys, other, says):

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -231,6 +232,40 @@ def test_a_rank_is_killed(mode, point, last):
                 outcome, took = found
                 assert took < 9, "the end of a process must be noticed before the timeout"
                 assert outcome == "PeerLostError" or not is_needed(mode, point, last)
+
+
+def killed_at_any_time(rank, victim, seed):
+    """Average until a rank is killed from outside. No points are watched, so C takes as many steps as it ever does."""
+    tree, calls = tree_of(rank), 0
+    average(tree, timeout=20)
+    dist.barrier()
+    if rank == victim:
+        after = random.Random(seed).uniform(0.05, 0.4)
+        subprocess.Popen(["sh", "-c", f"sleep {after:.4f}; kill -KILL {os.getpid()}"])
+    while True:
+        begin = time.monotonic()
+        try:
+            result = average(tree, timeout=10)
+        except PeerLostError:
+            took = time.monotonic() - begin
+            break
+        assert is_mean(result, 3), f"a wrong tree in call {calls}"
+        calls += 1
+    assert left_behind() == []
+    assert is_unchanged(tree, rank)
+    return took, calls
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_rank_is_killed_at_any_time(seed, mode, monkeypatch):
+    monkeypatch.setenv("FUNCAVG_NODE", MODES[mode])
+    victim = seed % 3
+    ranks = run_processes(3, killed_at_any_time, victim, seed, dies=(victim,))
+    assert [found is None for found in ranks] == [rank == victim for rank in range(3)]
+    for took, calls in filter(None, ranks):
+        assert took < 9
+        assert calls > 0
 
 
 JOB = """

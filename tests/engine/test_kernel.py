@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import funcavg
 from funcavg._engine import engine, kernel
-from funcavg._engine.kernel import DTYPES, choose, kernel_in_use, library
+from funcavg._engine.kernel import DTYPES, choose, library
 from funcavg._engine.mean import Means, Sums, mean_into, scaled
 from funcavg.testing import run_ranks
 
@@ -276,8 +276,18 @@ def test_sanitizers_find_nothing(tmp_path):
 def test_the_library_is_of_this_source():
     """In a clone, `pip install -e .` builds it anew."""
     found = library_or_skip()
-    if found.source:  # else it was built by hand
-        assert found.source == zlib.crc32(SOURCE.read_bytes()), "kernel.c has changed: pip install -e . builds it anew"
+    assert found.source == zlib.crc32(SOURCE.read_bytes())
+
+
+def test_a_library_of_another_source_is_not_used(tmp_path):
+    library_or_skip()
+    shutil.copy(kernel.LIBRARY, tmp_path)
+    path = str(tmp_path / Path(kernel.LIBRARY).name)
+    assert choose({}, path)[0] is not None  # there is nothing to compare it with
+    (tmp_path / "kernel.c").write_text(SOURCE.read_text() + "/* changed */")
+    found, which = choose({}, path)
+    assert found is None
+    assert "was built from another kernel.c than the one beside it" in which
 
 
 # When it is loaded
@@ -360,9 +370,13 @@ def test_a_setting_that_is_wrong_on_one_rank_is_everyones_error(monkeypatch):
 
 def test_shards_in_pieces_are_refused():
     means = Means("float32", 2)
-    with pytest.raises((ValueError, RuntimeError)):
+    with pytest.raises((ValueError, RuntimeError), match="strides|contiguous"):
         means.operand(np.zeros(16, np.uint8)[::2])
 
 
 def test_what_is_in_use_is_said():
-    assert kernel_in_use() == choose(os.environ)[1]
+    for setting, words in [("off", ["NumPy and torch (FUNCAVG_KERNEL=off)"]), ("", [*kernel.LEVELS, PYTHON])]:
+        code = "from funcavg._engine.kernel import kernel_in_use; print(kernel_in_use())"
+        environ = {**os.environ, "FUNCAVG_KERNEL": setting}
+        done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+        assert any(done.stdout.strip().startswith(word) for word in words)
