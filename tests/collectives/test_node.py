@@ -556,16 +556,16 @@ def many_times(rank):
             list(Path("/proc/self/fd").iterdir())
         )
 
-    for _ in range(200):
+    for _ in range(150):
         average(tree, donate=True, timeout=20)
     before = resident()
-    for _ in range(1800):
+    for _ in range(550):
         average(tree, donate=True, timeout=20)
     after = resident()
     return after[0] - before[0], after[1] - before[1]
 
 
-def test_two_thousand_averages_leave_memory_and_descriptors_as_they_are():
+def test_hundreds_of_averages_leave_memory_and_descriptors_as_they_are():
     for megabytes, descriptors in run_processes(2, many_times, timeout=110):
         assert megabytes < 5
         assert descriptors == 0
