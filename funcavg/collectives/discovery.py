@@ -29,21 +29,26 @@ from funcavg.collectives.segment import HEADER, Address, Segment, map_segment, o
 __all__ = ["discover", "partition", "slot_bytes"]
 
 LOGGER = logging.getLogger("funcavg")
-ABOUT = struct.Struct("<?qi8s16s")  # can, process id, descriptor, nonce, place
+ABOUT = struct.Struct("<?qi8s16sI")  # can, process id, descriptor, nonce, place, cores
 
 
-def slot_bytes(sizes: Sequence[int]) -> int:
+def slot_bytes(sizes: Sequence[int], cores: int) -> int:
     """Return the size of a slot for nodes of so many ranks: all slots of up to 9 ranks fit into a cache of 5 MiB.
 
-    Where there are several nodes, they are large enough for the rows that go to the others. It follows from the nodes
-    alone, never from a machine: all hosts cut buckets alike.
+    Where there are several nodes, they are large enough for the rows that go to the others, and follow from the nodes
+    alone: all hosts cut buckets alike. On one host with fewer ``cores`` than ranks, where these take turns, a turn is
+    long enough to be worth it.
 
-    >>> [slot_bytes([ranks]) >> 10 for ranks in (2, 3, 4, 8, 64)]
+    >>> [slot_bytes([ranks], cores=64) >> 10 for ranks in (2, 3, 4, 8, 64)]
     [256, 256, 256, 128, 128]
-    >>> [slot_bytes([ranks, ranks]) >> 10 for ranks in (1, 2, 8)]
+    >>> [slot_bytes([ranks], cores=2) >> 10 for ranks in (2, 3, 8)]
+    [256, 1024, 1024]
+    >>> [slot_bytes([ranks, ranks], cores=64) >> 10 for ranks in (1, 2, 8)]
     [512, 1024, 512]
     """
     slots = SLOTS * (max(sizes) + 1)
+    if len(sizes) == 1 and sizes[0] > cores:
+        return 1 << 20
     if len(sizes) == 1:
         return min(max(_power_of_two((5 << 20) // slots), 128 << 10), 256 << 10)
     shards = min(sizes)  # each has buffers for several buckets on their way
@@ -86,7 +91,7 @@ def discover(transport: Rows, timeout: float) -> Node | None:
 
         opened, pidfds = dict[int, int](), dict[int, int]()
         watches.callback(_close_all, pidfds)
-        for peer, (can, address, place) in enumerate(about):
+        for peer, (can, address, place, _) in enumerate(about):
             if segment is None or peer == transport.rank or not can or place != about[transport.rank][2]:
                 continue
             pidfd = watch(address.pid)  # first, lest it watch a process that has only reused the number
@@ -103,7 +108,8 @@ def discover(transport: Rows, timeout: float) -> Node | None:
         bits = [np.unpackbits(np.frombuffer(answer, np.uint8), count=transport.size) for answer in answers]
         nodes = partition([row.tolist() for row in bits])
 
-        slot, memory = slot_bytes([len(members) for members in nodes]), list[Buffer]()
+        cores = min(cores for *_, cores in about)  # those of a host are the same for all its ranks, or nearly
+        slot, memory = slot_bytes([len(members) for members in nodes], cores), list[Buffer]()
         try:
             memory = _attach(transport.rank, nodes, slot, segment, opened)
         except OSError as error:  # no room for slots
@@ -155,17 +161,17 @@ def _create() -> tuple[Segment | None, str]:
 
 def _describe(segment: Segment | None) -> bytes:
     if segment is None:
-        return ABOUT.pack(False, 0, 0, b"", b"")
+        return ABOUT.pack(False, 0, 0, b"", b"", 0)
     host = b""
     with contextlib.suppress(OSError):
         host = Path("/proc/sys/kernel/random/boot_id").read_bytes()
     place = hashlib.blake2b(host + os.environ.get("FUNCAVG_NODE", "").encode(), digest_size=16).digest()
-    return ABOUT.pack(True, *segment.address, place)
+    return ABOUT.pack(True, *segment.address, place, os.cpu_count() or 1)
 
 
-def _gather(transport: Rows, payload: bytes, timeout: float) -> list[tuple[bool, Address, bytes]]:
+def _gather(transport: Rows, payload: bytes, timeout: float) -> list[tuple[bool, Address, bytes, int]]:
     unpacked = [ABOUT.unpack(answer) for answer in transport.gather(payload, timeout)]
-    return [(can, Address(pid, descriptor, nonce), place) for can, pid, descriptor, nonce, place in unpacked]
+    return [(can, Address(pid, number, nonce), place, cores) for can, pid, number, nonce, place, cores in unpacked]
 
 
 def _attach(

@@ -242,11 +242,13 @@ def test_nodes_are_cliques_of_mutual_reach(pairs, size, nodes):
 
 
 def test_slots_stay_in_the_cache_and_rows_to_other_nodes_are_long():
-    assert all(SLOTS * (ranks + 1) * slot_bytes([ranks]) <= 5 << 20 for ranks in range(1, 10))
-    assert {slot_bytes([ranks]) for ranks in range(5, 200)} == {128 << 10}
-    assert slot_bytes([2, 2]) == 1 << 20
-    assert slot_bytes([1, 1, 2]) == 512 << 10
-    assert slot_bytes([8] * 16) == 4 << 20
+    assert all(SLOTS * (ranks + 1) * slot_bytes([ranks], ranks) <= 5 << 20 for ranks in range(1, 10))
+    assert {slot_bytes([ranks], ranks) for ranks in range(5, 200)} == {128 << 10}
+    assert {slot_bytes([ranks], ranks - 1) for ranks in range(2, 200)} == {1 << 20}
+    for cores in (0, 1, 64):
+        assert slot_bytes([2, 2], cores) == 1 << 20
+        assert slot_bytes([1, 1, 2], cores) == 512 << 10
+        assert slot_bytes([8] * 16, cores) == 4 << 20
 
 
 def test_a_segment_is_opened_by_those_who_know_it_only():
@@ -638,7 +640,7 @@ def test_start_average_while_ddp_trains_on_the_same_group():
 
 def small_slots(rank):
     """Leaves that cross many small buckets."""
-    discovery.slot_bytes = lambda sizes: 4096
+    discovery.slot_bytes = lambda *_: 4096
     leaves = [torch.arange(10_000.0) + rank, np.arange(7777.0) * rank, torch.full((33, 77), float(rank)).T]
     result = average(leaves, timeout=20)
     plans = session_of(as_collective())._plans

@@ -71,7 +71,7 @@ def can_be_donated(leaf):
 
 def every_kind(rank, size, kinds, donate):
     # Smaller slots than are ever made: leaves are cut, and there are more buckets than slots.
-    discovery.slot_bytes = lambda sizes: 1024
+    discovery.slot_bytes = lambda *_: 1024
     trees = [[leaf for kind in kinds for leaf in leaves_of(k)[kind]] for k in range(size)]
     if donate:
         trees = [list(filter(can_be_donated, tree)) for tree in trees]
@@ -128,7 +128,7 @@ def filled(rank, kind):
 
 
 def moved(rank, kind, donate, when):
-    discovery.slot_bytes = lambda sizes: 64 << 10
+    discovery.slot_bytes = lambda *_: 64 << 10
     leaves, means = filled(rank, kind)
     old = [leaf.view(-1) for leaf in leaves]
 
@@ -171,7 +171,7 @@ def test_leaves_that_move_under_way(when, kind, donate):
 
 
 def freed(rank, kind, when, held):
-    discovery.slot_bytes = lambda sizes: 64 << 10
+    discovery.slot_bytes = lambda *_: 64 << 10
     leaves, _ = filled(rank, kind)
     average(leaves, donate=True, timeout=20)
 
@@ -198,7 +198,7 @@ def test_leaves_that_are_freed_under_way(when, kind, held):
 
 
 def chunks(rank):
-    discovery.slot_bytes = lambda sizes: 4096
+    discovery.slot_bytes = lambda *_: 4096
     leaves, _ = filled(rank, "small")
     average([*leaves, *filled(rank, "large")[0]], donate=True, timeout=20)
     (plan,) = plans()
@@ -258,7 +258,7 @@ def test_autograd_notices_them_in_releases_that_are_told_of_one_at_a_time():
 
 def calls_per_bucket(rank, tree):
     """Count the functions that are called for each bucket of a call, beside those that wait for others."""
-    discovery.slot_bytes = lambda sizes: 16 << 10
+    discovery.slot_bytes = lambda *_: 16 << 10
     leaves = [torch.zeros(1 << 20)] if tree == "large" else [torch.zeros(64) for _ in range(16_000)]
     average(leaves, donate=True, timeout=20)
     (plan,) = plans()
