@@ -444,7 +444,7 @@ def test_bench_takes_the_ranks_of_torchrun():
         "memcpy",
     ]
     ours, theirs = float(byname["funcavg, donate"][0]), float(byname["torch's averager"][0])
-    assert float(byname["funcavg, donate"][3]) == pytest.approx(ours / theirs, rel=0.02)
+    assert float(byname["funcavg, donate"][3]) == pytest.approx(ours / theirs, rel=0.02, abs=0.0051)  # two digits
     assert re.match(r"Averaging thousand-small over 2 ranks takes [\d.]+ ms \(funcavg, donate", lines[-1])
 
 
