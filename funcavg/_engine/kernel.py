@@ -97,7 +97,7 @@ def choose(environ: Mapping[str, str], path: str = LIBRARY) -> tuple[Library | N
         return None, f"NumPy and torch (FUNCAVG_KERNEL={setting})"
     try:
         loaded = Library(path)
-    except OSError as error:
+    except (OSError, AttributeError) as error:  # it cannot be loaded, or lacks a function
         if setting:
             cure = "Install funcavg again where there is a C compiler, or unset FUNCAVG_KERNEL."
             raise RuntimeError(f"FUNCAVG_KERNEL={setting}, but the C kernel cannot be used: {error}. {cure}") from error
