@@ -241,7 +241,7 @@ def killed_at_any_time(rank, victim, seed):
     average(tree, timeout=20)
     dist.barrier()
     if rank == victim:
-        after = random.Random(seed).uniform(0.05, 0.4)
+        after = random.Random(seed).uniform(0.3, 0.8)
         subprocess.Popen(["sh", "-c", f"sleep {after:.4f}; kill -KILL {os.getpid()}"])
     while True:
         begin = time.monotonic()
