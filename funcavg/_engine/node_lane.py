@@ -69,7 +69,8 @@ class NodeLane:
         self._weights, self._means = weights if self._counts else None, dict[str, Means]()
         self._sources = self._targets = _Memory(cargo.carriers, cargo.addresses)
         if cargo.results is not cargo.carriers:
-            self._targets = _Memory(cargo.results)
+            given = zip(cargo.results, cargo.carriers, cargo.addresses or [0] * len(cargo.carriers), strict=True)
+            self._targets = _Memory(cargo.results, [at if result is carrier else 0 for result, carrier, at in given])
         try:
             self._carry(cargo.timeout)
         finally:  # also where an error has stopped it half way
@@ -178,7 +179,7 @@ class _Memory:
     """
 
     def __init__(self, carriers: Sequence[Any], known: Sequence[int] = ()) -> None:
-        self.carriers, self._ask, self._all_there = carriers, not known, False
+        self.carriers, self._ask, self._all_there = carriers, False, False
         self._addresses = list(known) or [0] * len(carriers)  # 0 or less: nowhere, not in order, or out of reach
         self._large: dict[int, tuple[Family, Any, Hashable]] = {}  # leaves with buckets of their own: bytes, extent
         self._operands: dict[int, Any] = {}  # and these as the kernel takes them
@@ -188,8 +189,9 @@ class _Memory:
         for leaf, family in table.large.items():
             self._find(family, leaf)
         for family, leaves in table.small.items():
-            for leaf in leaves if self._ask else ():
-                if self.carriers[leaf] is not None:  # else it is a result that buckets make
+            for leaf in leaves:
+                # None: a result that buckets make
+                if (self._ask or not self._addresses[leaf]) and self.carriers[leaf] is not None:
                     self._addresses[leaf] = _address(family.as_bytes(self.carriers[leaf]))
         self._ask = True
         places = list(map(self._addresses.__getitem__, table.leaves))
