@@ -1,0 +1,66 @@
+"""How averaged numbers are written while they travel between hosts: ``wire=`` of `funcavg.average` and `funcavg.diloco`.
+
+========== ================== ===================== =====================================================
+wire       bytes an element   error (NMSE)          what it is
+========== ================== ===================== =====================================================
+bfloat16   2                  3e-6                  each number rounded
+int8       1.016              5e-5 to 3e-4          blocks of 256 numbers, each with a float32 scale
+int4       0.504              1e-2                  rotated blocks of 1024, 16 levels
+int2       0.254              0.13                  rotated blocks of 1024, 4 levels
+========== ================== ===================== =====================================================
+
+`blocks.py` says where blocks lie, `rounded.py` and `rotated.py` what is written. `codecs.py` has all by name.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from funcavg.wires.codecs import BITS, NAMES, Codec, Coder, codec_of
+
+__all__ = ["BITS", "NAMES", "Codec", "Coder", "Wire", "codec_of"]
+
+
+@runtime_checkable
+class Wire(Protocol):
+    """A codec of your own: pass such an object as ``wire``, on all ranks.
+
+    It is given numbers of one leaf at a time, never of two, and never what two ranks have sent. Both functions must
+    depend on nothing but their arguments, and `decode` must return the same bits on every rank: calculate with
+    integers, or with float64 operations that round once. Averages go on in other threads (`start_average`).
+
+    Examples:
+        Signs only, and the mean magnitude:
+
+        >>> import numpy as np
+        >>> import funcavg
+        >>> from funcavg.testing import run_ranks
+        >>> class Signs:
+        ...     name = "signs"
+        ...     def encode(self, numbers):
+        ...         scale = np.abs(numbers).mean(dtype=np.float64, keepdims=True).astype(np.float32)
+        ...         return np.concatenate([scale.view(np.uint8), np.packbits(numbers < 0)])
+        ...     def decode(self, code, length):
+        ...         signs = 1 - 2 * np.unpackbits(code[4:], count=length).astype(np.float32)
+        ...         return signs * code[:4].view(np.float32)
+        >>> def fn(group):
+        ...     return funcavg.average(np.array([1.0, -2.0, 3.0], np.float32), group, wire=Signs())
+        >>> run_ranks(2, fn)[0]
+        array([ 1.25, -1.5 ,  1.25], dtype=float32)
+    """
+
+    @property
+    def name(self) -> str:
+        """What all ranks must agree about, and errors and logs say."""
+        ...
+
+    def encode(self, numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+        """Return the code of a vector, of any length from 1 on. Its length follows from that of the vector alone."""
+        ...
+
+    def decode(self, code: npt.NDArray[np.uint8], length: int) -> npt.NDArray[np.float32]:
+        """Return ``length`` numbers."""
+        ...

@@ -1,0 +1,167 @@
+"""Codecs as the engine uses them: those of funcavg by their names, and a user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from funcavg.wires.blocks import Blocks, cut
+from funcavg.wires.rotated import from_rotated, to_rotated
+from funcavg.wires.rounded import from_bfloat16, from_int8, to_bfloat16, to_int8
+
+__all__ = ["BITS", "NAMES", "Codec", "Coder", "codec_of"]
+
+BITS = {"bfloat16": 16, "int8": 8, "int4": 4, "int2": 2}  # of a number in the code
+NAMES = tuple(BITS)
+ENCODED = {"float32": 32, "bfloat16": 16, "float16": 16}  # bits of leaves that a wire may encode
+TRIED = 1024  # numbers with which a user's codec is tried
+
+Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+Pieces = npt.NDArray[np.int64]
+
+
+class Coder:
+    """Encodes and decodes rows that are cut alike: (begin, length) of each leaf's numbers, in order, without gaps."""
+
+    width: int  # bytes of the code
+
+    def __init__(self, pieces: Pieces) -> None:
+        self.pieces, self.length = pieces, int(pieces[:, 1].sum())
+
+    def encode(self, numbers: Floats, code: Bytes, *, mean: bool) -> None:
+        """Write the code of a row: of a ``mean``, or of what a rank sends."""
+        raise NotImplementedError
+
+    def decode(self, code: Bytes, numbers: Floats, limit: float, *, mean: bool) -> None:
+        """Write the numbers of a row. None will be above ``limit``, unless what was encoded is."""
+        raise NotImplementedError
+
+
+class Codec:
+    """How rows are written."""
+
+    def __init__(self, name: str, bits: float, coder: Callable[[Pieces], Coder], own: Any = None) -> None:
+        self.name, self.bits, self.coder = name, bits, coder
+        self.own = own  # the user's, if it is one
+
+    def encodes(self, element: str) -> bool:
+        """Say whether leaves of a dtype are encoded: floats of at most 32 bits, if they are wider than the code."""
+        return ENCODED.get(element, 0) > self.bits
+
+
+class _Bfloat16(Coder):
+    def __init__(self, pieces: Pieces) -> None:
+        super().__init__(pieces)
+        self.width = 2 * self.length
+
+    def encode(self, numbers: Floats, code: Bytes, *, mean: bool) -> None:
+        code[: self.width] = to_bfloat16(numbers[: self.length])
+
+    def decode(self, code: Bytes, numbers: Floats, limit: float, *, mean: bool) -> None:
+        numbers[: self.length] = from_bfloat16(code[: self.width])
+
+
+class _Scaled(Coder):
+    """In blocks, each with a scale."""
+
+    def __init__(self, pieces: Pieces, block: int, bits: int, smallest: int) -> None:
+        super().__init__(pieces)
+        self._kinds, self.width = cut(pieces, block, bits, smallest)
+
+    def _chunks(self) -> Sequence[Blocks]:
+        return [chunk for kind in self._kinds for chunk in kind.chunks()]
+
+    def encode(self, numbers: Floats, code: Bytes, *, mean: bool) -> None:
+        for blocks in self._chunks():
+            given = blocks.numbers_of(numbers)
+            written = to_rotated(given, blocks.bits, mean=mean) if blocks.rotates else to_int8(given)
+            blocks.put_code(code, *written)
+
+    def decode(self, code: Bytes, numbers: Floats, limit: float, *, mean: bool) -> None:
+        for blocks in self._chunks():
+            scales, integers = blocks.code_of(code)
+            if blocks.rotates:
+                blocks.put_numbers(numbers, from_rotated(scales, integers, blocks.bits, limit, mean=mean))
+            else:
+                blocks.put_numbers(numbers, from_int8(scales, integers, limit))
+
+
+class _Own(Coder):
+    """A user's codec, piece by piece."""
+
+    def __init__(self, pieces: Pieces, own: Any) -> None:
+        super().__init__(pieces)
+        self._own = own
+        widths = {n: len(_encoded(own, np.zeros(n, np.float32))) for n in {int(n) for n in pieces[:, 1]}}
+        ends = np.cumsum([widths[int(n)] for n in pieces[:, 1]])
+        self._codes = [slice(int(end) - widths[int(n)], int(end)) for n, end in zip(pieces[:, 1], ends, strict=True)]
+        self.width = int(ends[-1])
+
+    def _rows(self) -> Sequence[tuple[slice, slice]]:
+        return [(slice(b, b + n), code) for (b, n), code in zip(self.pieces.tolist(), self._codes, strict=True)]
+
+    def encode(self, numbers: Floats, code: Bytes, *, mean: bool) -> None:
+        for piece, place in self._rows():
+            code[place] = _encoded(self._own, numbers[piece].copy(), place.stop - place.start)
+
+    def decode(self, code: Bytes, numbers: Floats, limit: float, *, mean: bool) -> None:
+        for piece, place in self._rows():
+            numbers[piece] = _decoded(self._own, code[place].copy(), piece.stop - piece.start)
+
+
+def _encoded(own: Any, numbers: Floats, nbytes: int | None = None) -> Bytes:
+    code = own.encode(numbers)
+    if not (isinstance(code, np.ndarray) and code.dtype == np.uint8 and code.ndim == 1):
+        raise TypeError(f"wire {own.name!r}: encode must return a vector of uint8, got {_described(code)}.")
+    if nbytes is not None and len(code) != nbytes:
+        raise ValueError(
+            f"wire {own.name!r}: encode returned {len(code)} bytes for {len(numbers)} numbers, and {nbytes} for as "
+            f"many zeros. Every rank must know how long a code is: it may depend on nothing but how many numbers it is of."
+        )
+    return code
+
+
+def _decoded(own: Any, code: Bytes, length: int) -> Floats:
+    numbers = own.decode(code, length)
+    if not (isinstance(numbers, np.ndarray) and numbers.dtype == np.float32 and numbers.shape == (length,)):
+        raise TypeError(
+            f"wire {own.name!r}: decode must return a vector of {length} float32, got {_described(numbers)}."
+        )
+    return numbers
+
+
+def _described(value: Any) -> str:
+    return f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else f"{type(value).__name__}"
+
+
+_OURS = {
+    "bfloat16": Codec("bfloat16", BITS["bfloat16"], _Bfloat16),
+    "int8": Codec("int8", BITS["int8"], lambda pieces: _Scaled(pieces, 256, 8, 0)),
+    "int4": Codec("int4", BITS["int4"], lambda pieces: _Scaled(pieces, 1024, 4, 64)),
+    "int2": Codec("int2", BITS["int2"], lambda pieces: _Scaled(pieces, 1024, 2, 64)),
+}
+
+
+def codec_of(wire: Any) -> Codec | None:
+    """Return the codec of what a user passes as ``wire``; None for None. Raise what is wrong with it."""
+    if wire is None:
+        return None
+    if isinstance(wire, str):
+        if wire not in _OURS:
+            raise ValueError(f"wire must be one of {', '.join(map(repr, NAMES))}, or None, got {wire!r}.")
+        return _OURS[wire]
+    name = getattr(wire, "name", None)
+    if not (isinstance(name, str) and callable(getattr(wire, "encode", None)) and callable(getattr(wire, "decode", None))):
+        raise TypeError(
+            f"wire must be one of {', '.join(map(repr, NAMES))}, None, or an object with a name and the functions encode "
+            f"and decode, as funcavg.wires.Wire says, got {wire!r} of type {type(wire).__name__}."
+        )
+    if name in _OURS or not name.isprintable() or not name or ": " in name:
+        raise ValueError(f"wire: a codec of your own needs a name of its own, in one line, got {name!r}.")
+    code = _encoded(wire, np.zeros(TRIED, np.float32))
+    _decoded(wire, code, TRIED)
+    return Codec(name, 8 * len(code) / TRIED, lambda pieces: _Own(pieces, wire), wire)
