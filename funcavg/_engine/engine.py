@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from funcavg._engine.agree import Agreement, agree, exchange_words
-from funcavg._engine.buckets import made_by, make_plan
+from funcavg._engine.buckets import Bucket, made_by, make_plan
 from funcavg._engine.copies import CopyLane, DeviceCopyLane, NodeCopyLane, StageSlots
 from funcavg._engine.device_slots import DEVICE_BUCKET
 from funcavg._engine.digests import digests_of, ranks_that_differ
@@ -19,6 +19,9 @@ from funcavg._engine.session import Session, nothing_is_late, session_of
 from funcavg._errors import PeerLostError
 from funcavg._trees import Claim, Layout, Options, Request
 from funcavg.collectives.base import Collective
+
+if TYPE_CHECKING:
+    from funcavg._engine.codes import Codes
 
 __all__ = ["carry_out", "compare", "gather", "move", "reach_agreement"]
 
@@ -187,18 +190,32 @@ def _lanes(
         kept = [i for i in kept if i not in ties]
     on_device = [i for i in kept if layout.leaves[i].device] if layout.devices else []
 
+    codec = request.codec
+
     def plan(numbers: Sequence[int], place: str, make: Callable[[list[Any]], Any]) -> Any:
         def remembered() -> tuple[Any, list[int]]:
             planned = make([(i, layout.families[i], layout.leaves[i]) for i in numbers])
             made = made_by(planned.buckets if isinstance(planned, NodePlan) else planned)
             return planned, [i for i in numbers if i not in made]
 
-        key = layout, None if len(numbers) == len(layout.leaves) else tuple(numbers), place
-        planned, others = session.remember(key, remembered)
+        planned, others = session.remember(key_of(numbers, place), remembered)
         prepare(others)
         return planned
 
-    if on_device and agreement.same_places and layout.devices and hasattr(collective, "device_verbs"):
+    def key_of(numbers: Sequence[int], *place: Any) -> Hashable:
+        return layout, None if len(numbers) == len(layout.leaves) else tuple(numbers), *place
+
+    def codes(place: str, buckets: Sequence[Bucket], first: int, count: int) -> Mapping[int, Codes] | None:
+        """Return how the wire writes so many rows of each bucket, from the first on; None if there is no wire."""
+        if codec is None:
+            return None
+        from funcavg._engine.codes import codes_of  # which calls without a wire need not import
+
+        key = key_of(kept, place, codec)
+        return session.remember(key, lambda: codes_of(codec, buckets, range(first, first + count)))
+
+    on_host = codec is not None  # where a wire encodes, and where ranks know who shares a host with whom
+    if on_device and not on_host and agreement.same_places and layout.devices and hasattr(collective, "device_verbs"):
         (device,) = layout.devices
         verbs = collective.device_verbs(device.partition(":")[0])
         if verbs is not None:
@@ -217,9 +234,20 @@ def _lanes(
     if node is None:
         make: Any = partial(make_plan, size=collective.size, slots=session.slots(), limit=session.bucket_bytes)
         buckets = plan(kept, "cpu", make)
-        yield Lane(buckets, collective, rank) if root is None else CopyLane(buckets, collective, rank, root)
+        written = codes("cpu", buckets, 0, collective.size)
+        if root is not None:
+            yield CopyLane(buckets, collective, rank, root)
+        elif written is not None:
+            from funcavg._engine.wired import WiredLane
+
+            yield WiredLane(buckets, collective, rank, written, session.code_slots())
+        else:
+            yield Lane(buckets, collective, rank)
     elif root is None:
-        yield NodeLane(plan(kept, "node", partial(NodePlan, node)), node, collective, session.crossing(node))
+        planned, crossing = plan(kept, "node", partial(NodePlan, node)), session.crossing(node)
+        nodes = len(node.nodes)
+        written = None if crossing is None else codes("node", planned.buckets, node.index * nodes, nodes)
+        yield NodeLane(planned, node, collective, crossing, written)
     else:
         stages = StageSlots(node, root)
         make = partial(make_plan, size=node.rows, slots=stages, limit=stages.bytes)

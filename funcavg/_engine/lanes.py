@@ -72,6 +72,9 @@ class Lane:
         pending: Pending | None = self.collective.share(target, timeout)
         return pending
 
+    def land(self, bucket: Bucket, target: Any) -> None:
+        """Make what has come the result."""
+
 
 class DeviceLane(Lane):
     """The same in an accelerator's memory, where the backend may average by itself."""
@@ -139,6 +142,7 @@ def _pump(lane: Lane, cargo: Cargo) -> None:
             sharing.append(_Transit(ready, source, target, lane.finish(ready, target, timeout)))
         if len(sharing) > lane.ahead or (not exchanging and sharing):
             done = sharing.popleft().arrived()
+            lane.land(done.bucket, done.target)
             _points.reached("done", done.bucket.number)
             if done.target is done.bucket.mine:
                 done.bucket.unpack(cargo.results)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from funcavg import _points
@@ -18,6 +18,7 @@ from funcavg._trees import Family, Leaf
 from funcavg.collectives.node import Node, schedule
 
 if TYPE_CHECKING:
+    from funcavg._engine.codes import Codes
     from funcavg._engine.table import Table, Touched
 
 __all__ = ["NodeLane", "NodePlan"]
@@ -56,14 +57,22 @@ class NodeLane:
     they lie: the shard that this rank reduces never goes through its in-slot, and is not copied out.
     """
 
-    def __init__(self, plan: NodePlan, node: Node, collective: Any, crossing: Crossing | None) -> None:
+    def __init__(
+        self,
+        plan: NodePlan,
+        node: Node,
+        collective: Any,
+        crossing: Crossing | None,
+        codes: Mapping[int, Codes] | None = None,
+    ) -> None:
         self.plan, self.node, self.collective, self.crossing = plan, node, collective, crossing
+        self.codes = codes  # of what crosses
 
     def carry(self, cargo: Cargo) -> None:
         """Move all buckets."""
         here, between = weights_by_node(self.node.nodes, cargo.weights)
         if self.crossing is not None:
-            self.crossing.begin(between, cargo.timeout)
+            self.crossing.begin(between, cargo.timeout, self.codes)
         weights = here[self.node.here]
         self._counts = weights is None or any(weights)  # else nobody reads this node's means
         self._weights, self._means = weights if self._counts else None, dict[str, Means]()

@@ -22,6 +22,7 @@ from funcavg.collectives.base import Collective
 from funcavg.collectives.rows import Renewable
 
 if TYPE_CHECKING:
+    from funcavg._engine.codes import CodeSlots
     from funcavg._engine.crossing import Crossing
     from funcavg.collectives.node import Node
 
@@ -193,6 +194,15 @@ class Session:
         if "cpu" not in self._slots:
             self._slots["cpu"] = Slots(host_memory, self.bucket_bytes)
         slots: Slots = self._slots["cpu"]
+        return slots
+
+    def code_slots(self) -> CodeSlots:
+        """Return the memory of a wire's codes."""
+        if "codes" not in self._slots:
+            from funcavg._engine.codes import CodeSlots
+
+            self._slots["codes"] = CodeSlots()
+        slots: CodeSlots = self._slots["codes"]
         return slots
 
     def device_slots(self, device: str) -> DeviceSlots:

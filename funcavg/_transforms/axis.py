@@ -41,6 +41,10 @@ def start(call: Call) -> Handle[Any]:
 def average(call: Call) -> Any:
     """Return the mean over an axis. Sums are in float32, in float64 for float64 leaves."""
     axis, weight = call.group, call.options.weight
+    call.refuse_wire(
+        f"over the axis {axis!r}: XLA moves these numbers, as they are. Leave wire out, or average over a group of "
+        f"processes."
+    )
     size = _size(call)
     import jax
 

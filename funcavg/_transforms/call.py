@@ -46,6 +46,11 @@ class Call:
             raise self.walked
         return self.walked
 
+    def refuse_wire(self, why: str) -> None:
+        """Raise if this call has a wire, where nothing can be encoded."""
+        if self.options.wire is not None:
+            raise ValueError(f"{self.who}: wire={self.options.wire!r} {why}")
+
     def concerns(self, is_of_its_kind: Callable[..., bool], *more: Any) -> bool:
         """Say whether an average over a group is of a kind, by its leaves.
 

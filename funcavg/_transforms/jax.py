@@ -160,13 +160,22 @@ def _primitive() -> Any:
     def abstract(*avals: Any, **_: Any) -> Any:
         return list(avals[:-1]), {effect}
 
+    def refuse_wire(call: _Place) -> None:
+        if call.options.wire is not None:
+            raise ValueError(
+                f"average: wire={call.options.wire!r} under derivatives: a code has none. Average what has been "
+                f"differentiated, or without a wire, or jax.lax.stop_gradient of the tree."
+            )
+
     def jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+        refuse_wire(params["call"])
         *rows, weight = primals
         means = primitive.bind(*rows, weight, **params)
         given = [ad.instantiate_zeros(tangent) for tangent in tangents[:-1]]
         return means, primitive.bind(*given, weight, **params | {"derived": True})
 
     def transpose(cotangents: Any, *operands: Any, call: _Place, adjoint: bool, **_: Any) -> Any:
+        refuse_wire(call)
         given = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
         means = primitive.bind(*given, operands[-1], call=call, adjoint=not adjoint, derived=True)
         linear = [ad.is_undefined_primal(operand) for operand in operands[:-1]]

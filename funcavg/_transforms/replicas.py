@@ -87,6 +87,10 @@ def start(call: Call) -> Handle[Any]:
 
 def average(call: Call) -> Any:
     """Return the tree with every replica replaced by the mean over the replicas."""
+    call.refuse_wire(
+        "over stacked replicas: nothing of them travels. Leave wire out; to see what a wire does to a mean, average "
+        "over threads, with funcavg.testing.run_ranks."
+    )
     everything, weight = call.flat.leaves, call.options.weight
     traced, transformed = is_traced(everything, weight), is_transformed(everything)
     options = replace(call.options, weight=None, donate=call.options.donate and not transformed)

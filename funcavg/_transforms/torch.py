@@ -101,6 +101,11 @@ def _refusal(call: Call) -> Exception | None:
         return ValueError(
             "donate=True under torch.func transforms, or where gradients are recorded. Pass donate=False."
         )
+    if call.options.wire is not None:
+        return ValueError(
+            f"wire={call.options.wire!r} under torch.func transforms, or where gradients are recorded: a code has no "
+            f"derivative. Average under torch.no_grad(), or without a wire."
+        )
     several_threads = getattr(call.collective, "is_of_threads", False) and getattr(call.collective, "size", 1) > 1
     if several_threads and torch.autograd.forward_ad._current_level >= 0:
         return RuntimeError(

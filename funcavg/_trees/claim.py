@@ -19,7 +19,7 @@ from funcavg._trees.survey import ROOT
 
 __all__ = ["HEADER_BYTES", "Claim", "Header", "blake2b", "digest", "find_differences", "listed"]
 
-MAGIC, VERSION = b"favg", 2
+MAGIC, VERSION = b"favg", 3
 FORMAT = struct.Struct("<4sHHd16s8s8s")
 HEADER_BYTES = FORMAT.size
 HAS_ERROR, DONATES_TIES = 1, 2

@@ -21,8 +21,8 @@ LONGEST = 1e7  # seconds; clocks take no more than some 1e9
 class Options:
     """The options of `funcavg.average`, `funcavg.broadcast` and `funcavg.differences`.
 
-    Mistakes in the weight, the root or ``where`` are found where the tree is described, for they are every rank's
-    business.
+    Mistakes in the weight, the wire, the root or ``where`` are found where the tree is described, for they are every
+    rank's business.
     """
 
     weight: Any = None  # a number; of stacked replicas one for each; while JAX traces, maybe a tracer
@@ -31,6 +31,7 @@ class Options:
     timeout: Any = None  # a float or None, once checked
     purpose: str = "average"  # or the name of another function, whose options these are
     root: Any = None  # the rank whose values all get
+    wire: Any = None  # how numbers are written between hosts: a name, or a user's codec
 
     @property
     def exactly(self) -> bool:
@@ -42,7 +43,16 @@ class Options:
         """What all ranks must have asked for."""
         if self.root is not None:
             return f"{self.purpose} from rank {self.root}"
-        return self.purpose if self.exactly else "without weight" if self.weight is None else "with a weight"
+        if self.exactly:
+            return self.purpose
+        weight = "without weight" if self.weight is None else "with a weight"
+        return f"{weight}, {'without wire' if self.wire is None else f'wire {self.wire_name}'}"
+
+    @property
+    def wire_name(self) -> str:
+        """What the wire is called; of one that has no name, its type."""
+        named = self.wire if isinstance(self.wire, str) else getattr(self.wire, "name", type(self.wire).__name__)
+        return str(named)
 
     def checked(self, who: str) -> Options:
         """Raise what is wrong with the timeout, on this rank: there is no telling how long the others would wait."""

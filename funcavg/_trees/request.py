@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from funcavg._trees.claim import Claim, digest
 from funcavg._trees.containers import Flat
 from funcavg._trees.layouts import Layout, layout_of
 from funcavg._trees.options import Options, Where
+
+if TYPE_CHECKING:
+    from funcavg.wires import Codec
 
 __all__ = ["Layout", "Request", "check_weight", "failed_request", "make_request"]
 
@@ -27,6 +30,7 @@ class Request(NamedTuple):
     ties: dict[int, int]  # averaged leaf -> the first with the same memory
     only: frozenset[int] | None = None  # positions that may be averaged
     addresses: Sequence[int] = ()  # of averaged leaves, as their families say; none of a transform's
+    codec: Codec | None = None  # of the wire
 
     @property
     def leaves(self) -> list[Any]:
@@ -54,6 +58,7 @@ def make_request(flat: Flat, options: Options, *, only: frozenset[int] | None = 
     """
     try:
         number = check_weight(options.weight)
+        codec = None if options.wire is None else _codec_of(options.wire)
         if only is None and options.where is not None:
             only = _accepted(flat.spec, options.where)
         layout = layout_of(flat, only, exactly=options.exactly)
@@ -83,7 +88,7 @@ def make_request(flat: Flat, options: Options, *, only: frozenset[int] | None = 
         options.weight is not None,
         donates_ties=options.donate and bool(ties),
     )
-    return Request(flat, layout, claim, options, ties, only, addresses)
+    return Request(flat, layout, claim, options, ties, only, addresses, codec)
 
 
 def failed_request(mistake: Exception, options: Options) -> Request:
@@ -119,6 +124,12 @@ def check_weight(weight: Any) -> float:
     if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"weight must be finite and at least 0, got {weight!r}.")
     return number
+
+
+def _codec_of(wire: Any) -> Codec | None:
+    from funcavg.wires import codec_of  # which calls without a wire need not import
+
+    return codec_of(wire)
 
 
 def _find_ties(layout: Layout, leaves: Sequence[Any], addresses: Sequence[int]) -> dict[int, int]:

@@ -27,6 +27,7 @@ __all__ = [
     "choose",
     "described",
     "failing_everywhere",
+    "is_local",
     "layout_of",
     "step_of",
     "synchronise",
@@ -178,7 +179,7 @@ def failing_everywhere(group: Any, options: Options, *, others_wait: Any) -> Ite
     try:
         yield
     except Exception as mistake:
-        if not _is_tracer(others_wait) and others_wait and not _is_local(group):
+        if not _is_tracer(others_wait) and others_wait and not is_local(group):
             with contextlib.suppress(Exception):  # the same mistake, in other words; or a group that is not connected
                 report_mistake(mistake, group, options)
         raise
@@ -186,10 +187,11 @@ def failing_everywhere(group: Any, options: Options, *, others_wait: Any) -> Ite
 
 def takes_part(group: Any) -> bool:
     """Say whether this rank is in the group."""
-    return _is_local(group) or as_collective(group) is not None
+    return is_local(group) or as_collective(group) is not None
 
 
-def _is_local(group: Any) -> bool:
+def is_local(group: Any) -> bool:
+    """Say whether a group is an axis, or of stacked replicas: then no bytes pass our hands."""
     return is_axis(group) or isinstance(group, Stacked)
 
 
@@ -199,7 +201,9 @@ def _is_tracer(value: Any) -> bool:
 
 
 def synchronise(tree: T, group: Any, options: Options, *, method: str, step: Any) -> T:
-    """Average a tree, and log it to the logger ``funcavg``: method, step, leaves, bytes that this rank sent, seconds.
+    """Average a tree, and log it to the logger ``funcavg``.
+
+    The line has the method, the step, how many leaves, the wire, the bytes that this rank sent, and seconds.
 
     Nothing is logged while JAX traces, when nothing is averaged yet.
     """
@@ -212,10 +216,11 @@ def synchronise(tree: T, group: Any, options: Options, *, method: str, step: Any
     seconds = time.perf_counter() - start
     leaves = len(layout_of(described(result, options.where)).averaged)
     _LOG.info(
-        "%s: step %d, %d leaves averaged, %d bytes sent, %.6f seconds",
+        "%s: step %d, %d leaves averaged%s, %d bytes sent, %.6f seconds",
         method,
         int(step),
         leaves,
+        "" if options.wire is None else f" over wire {options.wire_name}",
         getattr(collective, "bytes_sent", 0) - sent,
         seconds,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from funcavg import outer as outer_optimizers
 from funcavg._engine import Agreement, move
@@ -18,6 +18,7 @@ from funcavg.averagers._base import (
     choose,
     described,
     failing_everywhere,
+    is_local,
     layout_of,
     step_of,
     synchronise,
@@ -25,6 +26,9 @@ from funcavg.averagers._base import (
     without_grad,
 )
 from funcavg.collectives.solo import Solo
+
+if TYPE_CHECKING:
+    from funcavg.wires import Wire
 
 __all__ = ["DiLoCoState", "diloco"]
 
@@ -45,6 +49,7 @@ def diloco(  # noqa: PLR0913  # public: its options are keywords
     group: Any = None,
     where: Where | None = None,
     timeout: Timeout = None,
+    wire: str | Wire | None = None,
 ) -> Averager:
     r"""Let workers train on their own for ``period`` steps; then take one outer step on what they have changed.
 
@@ -83,6 +88,8 @@ def diloco(  # noqa: PLR0913  # public: its options are keywords
         group: Who takes part, as for `funcavg.average`.
         where: Which leaves are averaged, as for `funcavg.average`.
         timeout: How long to wait for the other ranks, as for `periodic`.
+        wire: How pseudo-gradients are written between hosts, as for `funcavg.average`: ``"int8"`` or ``"int4"`` where
+            links are slow. Anchors are always exact.
 
     Returns:
         An `Averager`. Its state is a `DiLoCoState`; on a rank outside of the group it holds the step only. Parameters
@@ -134,6 +141,7 @@ def diloco(  # noqa: PLR0913  # public: its options are keywords
     """
     warmup, period = check_schedule(warmup, period, "diloco")
     options = Options(timeout=timeout).checked("diloco")
+    _check_wire(wire, group)
     optimizer = outer_optimizers.as_outer(outer)
 
     def init(params: Any) -> DiLoCoState:
@@ -159,7 +167,7 @@ def diloco(  # noqa: PLR0913  # public: its options are keywords
                 request = described(params, where, donate=donate, ties=not _is_traced(params))
                 change = combine(lambda old, new: old - new, anchor, _averaged_part(request))
                 delta = _tie(change, request.ties)
-            now = replace(options, weight=weight, donate=donate or not request.ties)
+            now = replace(options, weight=weight, donate=donate or not request.ties, wire=wire)
             mean = synchronise(delta, group, now, method="diloco", step=step)
             anchor, memory = optimizer.step(mean, memory, anchor)
             return _with_values(request, anchor, _agreed(request.ties, mean)), anchor, memory
@@ -182,6 +190,20 @@ def diloco(  # noqa: PLR0913  # public: its options are keywords
             return params, DiLoCoState(step + 1, anchor, memory)
 
     return Averager(init, update)
+
+
+def _check_wire(wire: Any, group: Any) -> None:
+    """Raise what is wrong with a wire, or with having one."""
+    if wire is None:
+        return
+    from funcavg.wires import codec_of
+
+    codec_of(wire)
+    if is_local(group):
+        raise ValueError(
+            f"diloco: wire={wire!r} is for groups of processes or threads, got group={group!r}: over an axis, and of "
+            f"stacked replicas, nothing is encoded. Leave wire out."
+        )
 
 
 def _averaged_part(request: Request) -> Any:

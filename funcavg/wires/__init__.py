@@ -1,4 +1,4 @@
-"""How averaged numbers are written while they travel between hosts: ``wire=`` of `funcavg.average` and `funcavg.diloco`.
+"""How averaged numbers are written while they travel between hosts: what ``wire=`` of `funcavg.average` means.
 
 ========== ================== ===================== =====================================================
 wire       bytes an element   error (NMSE)          what it is
@@ -47,9 +47,9 @@ class Wire(Protocol):
         ...         signs = 1 - 2 * np.unpackbits(code[4:], count=length).astype(np.float32)
         ...         return signs * code[:4].view(np.float32)
         >>> def fn(group):
-        ...     return funcavg.average(np.array([1.0, -2.0, 3.0], np.float32), group, wire=Signs())
-        >>> run_ranks(2, fn)[0]
-        array([ 1.25, -1.5 ,  1.25], dtype=float32)
+        ...     return funcavg.average(np.array([1, -3, 4, -4], np.float32), group, wire=Signs())
+        >>> run_ranks(2, fn)[0]  # the first two numbers were averaged by rank 0, the others by rank 1
+        array([ 2., -2.,  4., -4.], dtype=float32)
     """
 
     @property

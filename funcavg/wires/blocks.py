@@ -49,7 +49,8 @@ class Blocks:
 
     def numbers_of(self, row: Floats) -> Floats:
         """Return the blocks' numbers, (blocks, size)."""
-        return _taken(row, self.begins, self.lengths, self.size)
+        numbers: Floats = _taken(row, self.begins, self.lengths, self.size)
+        return numbers
 
     def put_numbers(self, row: Floats, numbers: Floats) -> None:
         """Write what `numbers_of` returns."""

@@ -48,6 +48,12 @@ class Codec:
         self.name, self.bits, self.coder = name, bits, coder
         self.own = own  # the user's, if it is one
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Codec) and (self.name, id(self.own)) == (other.name, id(other.own))
+
+    def __hash__(self) -> int:
+        return hash((self.name, id(self.own)))
+
     def encodes(self, element: str) -> bool:
         """Say whether leaves of a dtype are encoded: floats of at most 32 bits, if they are wider than the code."""
         return ENCODED.get(element, 0) > self.bits
@@ -120,7 +126,7 @@ def _encoded(own: Any, numbers: Floats, nbytes: int | None = None) -> Bytes:
     if nbytes is not None and len(code) != nbytes:
         raise ValueError(
             f"wire {own.name!r}: encode returned {len(code)} bytes for {len(numbers)} numbers, and {nbytes} for as "
-            f"many zeros. Every rank must know how long a code is: it may depend on nothing but how many numbers it is of."
+            f"many zeros. Every rank must know how long a code is: that may depend on nothing but the number of numbers."
         )
     return code
 
@@ -155,10 +161,12 @@ def codec_of(wire: Any) -> Codec | None:
             raise ValueError(f"wire must be one of {', '.join(map(repr, NAMES))}, or None, got {wire!r}.")
         return _OURS[wire]
     name = getattr(wire, "name", None)
-    if not (isinstance(name, str) and callable(getattr(wire, "encode", None)) and callable(getattr(wire, "decode", None))):
+    if not (
+        isinstance(name, str) and callable(getattr(wire, "encode", None)) and callable(getattr(wire, "decode", None))
+    ):
         raise TypeError(
-            f"wire must be one of {', '.join(map(repr, NAMES))}, None, or an object with a name and the functions encode "
-            f"and decode, as funcavg.wires.Wire says, got {wire!r} of type {type(wire).__name__}."
+            f"wire must be one of {', '.join(map(repr, NAMES))}, None, or an object with a name and the functions "
+            f"encode and decode, as funcavg.wires.Wire says, got {wire!r} of type {type(wire).__name__}."
         )
     if name in _OURS or not name.isprintable() or not name or ": " in name:
         raise ValueError(f"wire: a codec of your own needs a name of its own, in one line, got {name!r}.")

@@ -20,6 +20,7 @@ Vargaftik et al., [DRIVE](https://arxiv.org/abs/2105.08339), NeurIPS 2021, and
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ def signs(*, mean: bool) -> Floats:
 def thresholds(bits: int) -> npt.NDArray[np.float64]:
     """Return what lies in the middle between neighbouring centroids, in standard deviations."""
     centroids = CENTROIDS[bits]
-    return np.array([(one + other) / (2 * SIGMA) for one, other in zip(centroids, centroids[1:], strict=False)])
+    return np.array([(one + other) / (2 * SIGMA) for one, other in itertools.pairwise(centroids)])
 
 
 @functools.cache
@@ -75,7 +76,7 @@ def _hadamard_matrix(size: int) -> Floats:
     return matrix
 
 
-def _transformed(blocks: Floats) -> Floats:
+def _transformed(blocks: Floats) -> Any:
     """Return H times each block of whole numbers: two products, for H of 1024 is that of 32 by that of 32."""
     count, size = blocks.shape
     square = blocks.reshape(count, -1, min(size, 32)) @ _hadamard_matrix(min(size, 32))
@@ -132,7 +133,7 @@ def from_rotated(scales: Floats, integers: Bytes, bits: int, limit: float, *, me
 # A byte holds numbers that lie a half, or a quarter, of the block apart: so whole blocks are packed by few operations.
 
 
-def _packed(index: Bytes, bits: int) -> Bytes:
+def _packed(index: Bytes, bits: int) -> Any:
     parts = np.split(index, 8 // bits, axis=1)
     packed = parts[0].copy()
     for k, part in enumerate(parts[1:], 1):

@@ -180,7 +180,7 @@ mismatch(
     "a weight on one rank",
     lambda: [1.0],
     lambda: [1.0],
-    r"options:  rank 0 without weight,  rank 1 with a weight",
+    r"options:  rank 0 without weight, without wire,  rank 1 with a weight, without wire",
     options=(None, {"weight": 1}),
 )
 
