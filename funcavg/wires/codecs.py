@@ -126,7 +126,7 @@ def _encoded(own: Any, numbers: Floats, nbytes: int | None = None) -> Bytes:
     if nbytes is not None and len(code) != nbytes:
         raise ValueError(
             f"wire {own.name!r}: encode returned {len(code)} bytes for {len(numbers)} numbers, and {nbytes} for as "
-            f"many zeros. Every rank must know how long a code is: that may depend on nothing but the number of numbers."
+            f"many zeros. Every rank must know its length, which may depend on nothing but the number of numbers."
         )
     return code
 

@@ -344,7 +344,7 @@ def test_another_version_of_the_protocol(monkeypatch):
         share = exchange
 
     with pytest.raises(
-        FuncavgError, match=r"rank 1 speaks another version of the protocol \(b'favg' 0, here b'favg' 2\)"
+        FuncavgError, match=r"rank 1 speaks another version of the protocol \(b'favg' 0, here b'favg' 3\)"
     ):
         average(1.0, Old())
 
