@@ -1,12 +1,13 @@
 """Two hosts on one machine, joined by a slow link: network namespaces, a veth pair, and tc's token bucket.
 
-As a script, run by root, it prints the table of the docs' performance page. ``FUNCAVG_NODE`` tells ranks which host
+As a script, run by root, it prints the tables of the docs' performance page. ``FUNCAVG_NODE`` tells ranks which host
 they are on, so only those of one host meet in shared memory. Whatever goes to the other crosses the link, whose
 interfaces count it. Stores are files, which a cut link leaves alone.
 """
 
 import contextlib
 import faulthandler
+import functools
 import hashlib
 import itertools
 import json
@@ -21,10 +22,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from funcavg import PeerLostError, average, broadcast
+from funcavg._engine import kernel_in_use
+from funcavg.testing import run_ranks
+from funcavg.wires import NAMES
 
 LINK = "slow0"  # the interface of either host
 COUNTER = f"/sys/class/net/{LINK}/statistics/tx_bytes"
@@ -43,6 +48,9 @@ OFF = f"{DONATED_OF_TWO} without shared memory (`FUNCAVG_NODE=off`)"
 EACH, COPIED = "1 | `dist.broadcast` of each leaf", "1 | `broadcast(tree, donate=True)`"
 EACH_OF_TWO, COPIED_OF_TWO = EACH.replace("1", "2"), COPIED.replace("1", "2")
 MEANS = [RAW, DONATED, FRESH, RAW_OF_TWO, DONATED_OF_TWO, OFF]
+WIRED = {f"{ranks} | `average(tree, donate=True, wire={wire!r})`": (ranks, wire) for ranks in (1, 2) for wire in NAMES}
+# ‖result - mean‖² / ‖mean‖² of these values, at most
+ERRORS = {"bfloat16": 1e-5, "int8": 1.1e-4, "int4": 2.2e-2, "int2": 0.30}
 
 
 def run(command: str) -> str:
@@ -54,11 +62,11 @@ def run(command: str) -> str:
 
 
 @contextlib.contextmanager
-def two_hosts() -> Iterator[list[str]]:
-    """Make two namespaces and their link; yield their names; delete them."""
+def two_hosts(rate: float = RATE) -> Iterator[list[str]]:
+    """Make two namespaces and their link, of so many bit/s; yield their names; delete them."""
     hosts = [f"funcavg-{os.getpid()}-{letter}" for letter in "ab"]
-    # The bucket holds two of the largest segments that TCP hands down: 5 ms of the rate.
-    limit = f"tbf rate {RATE / 1e6:.0f}mbit burst 128kb latency 50ms"
+    # The bucket holds two of the largest segments that TCP hands down, and 1 ms of the rate.
+    limit = f"tbf rate {rate / 1e6:.0f}mbit burst {max(128, rate / 8e6):.0f}kb latency 50ms"
     try:
         for host in hosts:
             run(f"ip netns add {host}")
@@ -86,7 +94,7 @@ def ranks_on(hosts: Sequence[str], per_host: Sequence[int], *task: str) -> Itera
         path = str(Path(folder, "store"))
         try:
             for rank, host in enumerate(places):
-                command = ["ip", "netns", "exec", host, sys.executable, __file__, path, *task]
+                command = ["ip", "netns", "exec", host, sys.executable, __file__, "rank", path, *task]
                 own = {"FUNCAVG_NODE": host, "RANK": str(rank)}
                 ranks.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ | own))
             yield ranks, dist.FileStore(path)
@@ -116,6 +124,7 @@ class Row(NamedTuple):
     seconds: float  # of the slowest rank; the median of all turns
     sent: list[float]  # bytes, by either host over the link; medians, too
     is_right: bool  # the mean, or rank 0's values, in the same bits on all ranks, in all turns
+    error: float  # ‖result - mean‖² / ‖mean‖², the largest of all turns
 
 
 def measure(hosts: Sequence[str], names: Sequence[str]) -> dict[str, Row]:
@@ -129,7 +138,7 @@ def measure(hosts: Sequence[str], names: Sequence[str]) -> dict[str, Row]:
         sent = [statistics.median(turn["sent"] for turn in member) for member in (members[0], members[-1])]
         every = [turn for member in members for turn in member]
         is_right = all(turn["is_mean"] for turn in every) and len({turn["digest"] for turn in every}) == 1
-        rows[name] = Row(statistics.median(slowest), sent, is_right)
+        rows[name] = Row(statistics.median(slowest), sent, is_right, max(turn["error"] for turn in every))
     return rows
 
 
@@ -150,7 +159,7 @@ def cut_and_mend(hosts: Sequence[str], per_host: Sequence[int]) -> tuple[float, 
 
 def values_of(rank: int) -> torch.Tensor:
     """Return the period of a rank's values."""
-    return torch.rand(10_000, generator=torch.Generator().manual_seed(rank))
+    return torch.randn(10_000, generator=torch.Generator().manual_seed(rank))
 
 
 def tree_in(flat: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -158,12 +167,17 @@ def tree_in(flat: torch.Tensor) -> dict[str, torch.Tensor]:
     return {f"leaf{i}": leaf for i, leaf in enumerate(flat.split(SIZES))}
 
 
-def judge(tree: dict[str, torch.Tensor], ranks: Sequence[int]) -> dict[str, Any]:
+def judge(tree: dict[str, torch.Tensor], ranks: Sequence[int], wire: str | None = None) -> dict[str, Any]:
     """Say whether leaves are the mean of ranks' values, up to the rounding of what crosses, and give their digest."""
     flat = torch.cat(list(tree.values()))
     mean = sum(values_of(rank).double() for rank in ranks) / len(ranks)
-    is_mean = torch.allclose(flat.view(-1, len(mean)), mean.float(), rtol=len(ranks) * 2**-23, atol=0)
-    return {"is_mean": is_mean, "digest": hashlib.blake2b(flat.numpy().data).hexdigest()}
+    largest = max(values_of(rank).abs().max().item() for rank in ranks)
+    error = flat.view(-1, len(mean)) - mean
+    is_mean = error.abs().max().item() <= len(ranks) * largest * 2**-23
+    nmse = (error.square().mean() / mean.square().mean()).item()
+    if wire is not None:
+        is_mean = nmse <= ERRORS[wire]
+    return {"is_mean": is_mean, "error": nmse, "digest": hashlib.blake2b(flat.numpy().data).hexdigest()}
 
 
 def time_averages(rank: int, _: dist.Store, *names: str) -> dict[str, list[dict[str, Any]]]:
@@ -192,6 +206,9 @@ def time_averages(rank: int, _: dist.Store, *names: str) -> dict[str, list[dict[
         EACH_OF_TWO: (each, everyone, two),
         COPIED_OF_TWO: (copy, everyone, two),
     }
+    for name, (count, wire) in WIRED.items():
+        way = functools.partial(average, donate=True, wire=wire)
+        ways[name] = way, (pair, everyone)[count - 1], (one, two)[count - 1]
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for turn, name in itertools.product(range(TURNS), names):
         if rank == 0:
@@ -207,8 +224,9 @@ def time_averages(rank: int, _: dist.Store, *names: str) -> dict[str, list[dict[
         sent = int(Path(COUNTER).read_text()) - before
         if rank in members:
             result = result or tree_in(flat / len(members))  # an all-reduce returns nothing, and leaves sums
-            of = members if name in MEANS else members[:1]
-            turns[name].append({"seconds": seconds, "sent": sent} | judge(result, of))
+            of = members if name in MEANS or name in WIRED else members[:1]
+            wire = WIRED[name][1] if name in WIRED else None
+            turns[name].append({"seconds": seconds, "sent": sent} | judge(result, of, wire))
     return turns
 
 
@@ -246,8 +264,23 @@ def work(path: str, task: str, *args: str) -> None:
         os._exit(1)  # torch's destructors could hang
 
 
-def main() -> None:
-    """Print the table."""
+def errors_of_means(wire: str, size: int, *, heavy: bool) -> float:
+    """Return ‖result - mean‖² / ‖mean‖² over ranks that are threads, each of which counts as a host."""
+    scales = np.exp(np.random.default_rng(99).normal(0, 1, (64, 1))) if heavy else 1.0
+
+    def values(rank: int) -> Any:
+        rng = np.random.default_rng(1000 * size + rank)
+        drawn = rng.standard_t(3, (64, 1024)) if heavy else rng.standard_normal((64, 1024))
+        return (drawn * scales).astype(np.float32)
+
+    results = run_ranks(size, lambda group: average(values(group.rank), group, wire=wire))
+    assert len({result.tobytes() for result in results}) == 1
+    mean = sum(values(rank).astype(np.float64) for rank in range(size)) / size
+    return float(((results[0] - mean) ** 2).sum() / (mean**2).sum())
+
+
+def print_averages() -> None:
+    """Print how long 40 MB take, in all ways."""
     with two_hosts() as hosts:
         rows = measure(hosts, MEANS) | measure(hosts, [EACH, COPIED, EACH_OF_TWO, COPIED_OF_TWO])
     print("| ranks per host | how | seconds | × raw | MB each way | Mbit/s |\n|--:|---|--:|--:|--:|--:|")
@@ -256,5 +289,33 @@ def main() -> None:
         print(f"| {name} | {row.seconds:.2f} | {times:.2f} | {megabytes:.1f} | {8 * megabytes / row.seconds:.0f} |")
 
 
+def print_wires(rates: Sequence[float]) -> None:
+    """Print what each wire takes at some rates, in units of a raw all-reduce of one rank on each host."""
+    print(f"\nThe kernel: {kernel_in_use()}")
+    print("\n| Mbit/s | ranks per host | how | seconds | × raw | MB, × raw | NMSE |\n|--:|--:|---|--:|--:|--:|--:|")
+    for rate in rates:
+        with two_hosts(rate) as hosts:
+            rows = measure(hosts, [RAW, DONATED, *WIRED])
+        for name, row in rows.items():
+            assert row.is_right, name
+            times, part = row.seconds / rows[RAW].seconds, max(row.sent) / max(rows[RAW].sent)
+            error = f"{row.error:.1e}" if name in WIRED else "0"
+            print(f"| {rate / 1e6:.0f} | {name} | {row.seconds:.3f} | {times:.3f} | {part:.4f} | {error} |", flush=True)
+    sizes = (2, 4, 8, 16, 32)
+    print(f"\n| NMSE of the mean of N ranks | {' | '.join(f'N = {size}' for size in sizes)} |")
+    print(f"|---|{'--:|' * len(sizes)}")
+    for wire, heavy in itertools.product(NAMES, (False, True)):
+        found = [errors_of_means(wire, size, heavy=heavy) for size in sizes]
+        print(f"| {wire}, {'t₃ rows' if heavy else 'Gauss'} | {' | '.join(f'{error:.2e}' for error in found)} |")
+
+
+def main() -> None:
+    """Print the tables: all of them, or with "wires" those of wires, at some rates in Mbit/s."""
+    rates = [1e6 * float(rate) for rate in sys.argv[2:]] or [200e6, 1e9, 5e9]
+    if sys.argv[1:2] != ["wires"]:
+        print_averages()
+    print_wires(rates)
+
+
 if __name__ == "__main__":
-    work(*sys.argv[1:]) if sys.argv[1:] else main()
+    work(*sys.argv[2:]) if sys.argv[1:2] == ["rank"] else main()
