@@ -23,10 +23,10 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from packaging import tags
 
-SOURCE = "funcavg/_engine/kernel.c"
+SOURCE = "funcavg/_engine"  # its .c and .h
 LIBRARY = "funcavg/_engine/libkernel.so"
-# C99's arithmetic as it is written: nothing contracted. No exception is looked at, so none need be kept.
-FLAGS = "-std=c99 -O3 -ffp-contract=off -fno-trapping-math -fvisibility=hidden -fPIC -shared"
+# C99's arithmetic as it is written: nothing contracted. No exception and no errno is looked at, so none need be kept.
+FLAGS = "-std=c99 -O3 -ffp-contract=off -fno-trapping-math -fno-math-errno -fvisibility=hidden -fPIC -shared"
 # A few bits that flags can spoil, also for whoever loads the library: a sum above the largest float, and denormals.
 TRIAL = """
 import ctypes, struct, sys
@@ -47,13 +47,13 @@ def compiler() -> list[str]:
 
 
 def build(source: Path, library: Path) -> str:
-    """Build the library, and try it; return what went wrong."""
+    """Build the library of a folder's source, and try it; return what went wrong."""
     command = compiler()
     if not command:
         return "no C compiler was found: cc, gcc, clang, or what CC says"
     made = library.with_name(f".{library.name}.{os.getpid()}")  # the old one may be in use
-    told = f"-DFUNCAVG_SOURCE={zlib.crc32(source.read_bytes())}u"
-    command = [*command, *FLAGS.split(), told, "-o", str(made), str(source)]
+    told = f"-DFUNCAVG_SOURCE={zlib.crc32(b''.join(file.read_bytes() for file in sorted(source.glob('*.[ch]'))))}u"
+    command = [*command, *FLAGS.split(), told, "-o", str(made), *map(str, sorted(source.glob("*.c")))]
     try:
         for step in (command, [sys.executable, "-c", TRIAL, str(made)]):
             done = subprocess.run(step, capture_output=True, text=True, check=False)  # noqa: S603

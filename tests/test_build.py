@@ -26,9 +26,9 @@ def clone(tmp_path, monkeypatch):
     for name in ("FUNCAVG_KERNEL", "CC", "CFLAGS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(hatch_build, "FLAGS", hatch_build.FLAGS.replace("-O3", "-O1"))  # sooner built
-    source = tmp_path / hatch_build.SOURCE
-    source.parent.mkdir(parents=True)
-    shutil.copy(ROOT / hatch_build.SOURCE, source)
+    (tmp_path / hatch_build.SOURCE).mkdir(parents=True)
+    for source in (ROOT / hatch_build.SOURCE).glob("*.[ch]"):
+        shutil.copy(source, tmp_path / hatch_build.SOURCE)
     return tmp_path
 
 
@@ -37,7 +37,8 @@ def built(clone, version="standard"):
     app, data = App(), {"force_include": {}}
     hook = hatch_build.KernelHook(str(clone), {}, None, None, str(clone / "dist"), "wheel", app)
     hook.initialize(version, data)
-    assert [path.name for path in (clone / hatch_build.SOURCE).parent.iterdir() if path.suffix != ".so"] == ["kernel.c"]
+    left = [path.name for path in (clone / hatch_build.SOURCE).iterdir() if path.suffix != ".so"]
+    assert sorted(left) == ["kernel.c", "kernel.h", "wires.c"]
     files = {Path(path).is_file(): place for path, place in data.pop("force_include").items()}
     return files, data, app.said
 

@@ -21,7 +21,7 @@ from funcavg._memory import address_of
 
 __all__ = ["BlockSum", "Library", "address", "choose", "kernel_in_use", "library"]
 
-VERSION = 3  # of the interface: kernel.c has the same
+VERSION = 4  # of the interface: kernel.c has the same
 LIBRARY = __file__.removesuffix("kernel.py") + "libkernel.so"  # hatch_build.py puts it there
 DTYPES = {"float32": 0, "float64": 1, "bfloat16": 2, "float16": 3}  # as kernel.c numbers them
 ITEMSIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
@@ -57,9 +57,9 @@ class Library:
             raise OSError(f"{path} has interface {found}, and this release {VERSION}")
         loaded.funcavg_source.restype = ctypes.c_uint32
         self.source: int = loaded.funcavg_source()  # a checksum of the source that it was built from
-        source = Path(path).with_name("kernel.c")
-        if source.exists() and zlib.crc32(source.read_bytes()) != self.source:
-            raise OSError(f"{path} was built from another kernel.c than the one beside it")
+        source = b"".join(file.read_bytes() for file in sorted(Path(path).parent.glob("*.[ch]")))
+        if source and zlib.crc32(source) != self.source:
+            raise OSError(f"{path} was built from another source than the one beside it")
         address, number, nbytes = ctypes.c_void_p, ctypes.c_double, ctypes.c_size_t
         self.mean, self.add, self.write = loaded.funcavg_mean, loaded.funcavg_add, loaded.funcavg_write
         self.mean.argtypes = [address, address, address, address, nbytes]
@@ -69,6 +69,10 @@ class Library:
         self.steps = loaded.funcavg_steps
         self.steps.argtypes = [address, *[ctypes.c_int64] * 2, address, *[ctypes.c_int64] * 2]
         self.steps.restype = ctypes.c_int64
+        self.encode, self.decode = loaded.funcavg_encode, loaded.funcavg_decode  # of wires.c: coders.py calls them
+        self.encode.argtypes = [address, address, ctypes.c_int64, address, address, ctypes.c_int32]
+        self.decode.argtypes = [*self.encode.argtypes, ctypes.c_float]
+        self.encode.restype = self.decode.restype = None
         self.level: int = loaded.funcavg_level()
 
     def prepare(

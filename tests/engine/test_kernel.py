@@ -24,7 +24,8 @@ from funcavg._engine.mean import Means, Sums, mean_into, scaled
 from funcavg.testing import run_ranks
 
 ROOT = Path(kernel.__file__).resolve().parents[2]
-SOURCE = Path(kernel.__file__).with_name("kernel.c")
+FOLDER = Path(kernel.__file__).parent
+SOURCES = sorted(FOLDER.glob("*.[ch]"))
 FLAGS = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic"]
 PAIRS = [(element, element) for element in DTYPES] + [
     *(("float16", "float32"), ("bfloat16", "float32"), ("float32", "float16"), ("float32", "bfloat16"))
@@ -213,12 +214,13 @@ def test_denormal_numbers_are_never_flushed(pair, level):
 def test_the_source_compiles_without_a_warning(tmp_path):
     for name in ("gcc", "clang"):
         if shutil.which(name):
-            command = [name, *FLAGS, "-O3", "-fno-trapping-math", "-c", "-o", tmp_path / "kernel.o", SOURCE]
-            subprocess.run(command, check=True)
-            subprocess.run([*command, "-O0"], check=True)
-            if name == "gcc":
-                hasty = subprocess.run([*command, "-ffast-math"], capture_output=True, text=True, check=False)
-                assert "built with -ffast-math" in hasty.stderr
+            for source in FOLDER.glob("*.c"):
+                command = [name, *FLAGS, "-O3", "-fno-trapping-math", "-c", "-o", tmp_path / "kernel.o", source]
+                subprocess.run(command, check=True)
+                subprocess.run([*command, "-O0"], check=True)
+                if name == "gcc":
+                    hasty = subprocess.run([*command, "-ffast-math"], capture_output=True, text=True, check=False)
+                    assert "built with -ffast-math" in hasty.stderr
             break
     else:
         pytest.skip("no C compiler")
@@ -263,7 +265,7 @@ def test_sanitizers_find_nothing(tmp_path):
     compiler = shutil.which("gcc") or pytest.skip("no gcc")
     (tmp_path / "driver.c").write_text(DRIVER, encoding="utf-8")
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    command = [compiler, "-std=c99", "-O1", *sanitize, f"-I{SOURCE.parent}", tmp_path / "driver.c"]
+    command = [compiler, "-std=c99", "-O1", *sanitize, f"-I{FOLDER}", tmp_path / "driver.c"]
     command += ["-o", tmp_path / "driver"]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     if built.returncode:
@@ -276,7 +278,8 @@ def test_sanitizers_find_nothing(tmp_path):
 def test_the_library_is_of_this_source():
     """In a clone, `pip install -e .` builds it anew."""
     found = library_or_skip()
-    assert found.source == zlib.crc32(SOURCE.read_bytes())
+    assert [source.name for source in SOURCES] == ["kernel.c", "kernel.h", "wires.c"]
+    assert found.source == zlib.crc32(b"".join(source.read_bytes() for source in SOURCES))
 
 
 def test_a_library_of_another_source_is_not_used(tmp_path):
@@ -284,10 +287,14 @@ def test_a_library_of_another_source_is_not_used(tmp_path):
     shutil.copy(kernel.LIBRARY, tmp_path)
     path = str(tmp_path / Path(kernel.LIBRARY).name)
     assert choose({}, path)[0] is not None  # there is nothing to compare it with
-    (tmp_path / "kernel.c").write_text(SOURCE.read_text() + "/* changed */")
-    found, which = choose({}, path)
-    assert found is None
-    assert "was built from another kernel.c than the one beside it" in which
+    for changed in SOURCES:
+        for source in SOURCES:
+            shutil.copy(source, tmp_path)
+        assert choose({}, path)[0] is not None
+        (tmp_path / changed.name).write_text(changed.read_text() + "/* changed */")
+        found, which = choose({}, path)
+        assert found is None
+        assert "was built from another source than the one beside it" in which
 
 
 # When it is loaded
