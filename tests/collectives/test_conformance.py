@@ -332,6 +332,33 @@ def start_average_and_wait(group):
     return bits_of(result)
 
 
+@case
+def over_wires_ranks_get_the_same_bits(group):
+    """Whether anything is encoded depends on who shares memory with whom, and no leaf here is far from its mean."""
+    _, rank, size = facts(group)
+    trees = [[np.random.default_rng([9, r]).normal(size=n).astype(np.float32) for n in (5, 3000)] for r in range(size)]
+    means = [sum(leaf.astype(float) for leaf in leaves) / size for leaves in zip(*trees, strict=True)]
+    found = []
+    for wire, most in {"bfloat16": 1e-5, "int8": 2e-4, "int4": 0.03, "int2": 0.4}.items():
+        result = average(trees[rank], group, wire=wire)
+        for leaf, mean in zip(result, means, strict=True):
+            assert ((leaf - mean) ** 2).sum() <= most * (mean**2).sum()
+        later = start_average(trees[rank], group, wire=wire).wait()
+        assert bits_of(later) == bits_of(result)
+        found.append(bits_of(result))
+    message = None
+    try:
+        average(trees[rank], group, wire="int4" if rank == size - 1 else "int8")
+    except TreeMismatchError as error:
+        message = str(error)
+    assert (message is None) == (size == 1)
+    assert message is None or ("wire int8" in message and "wire int4" in message)
+    with pytest.raises(ValueError, match=r"wire must be one of 'bfloat16', .* got 'int1'"):
+        average(trees[rank], group, wire="int1" if rank == size - 1 else None)
+    assert average(1.0 + rank, group) == (1 + size) / 2
+    return found
+
+
 def replica_of(rank):
     """A tree of whatever can be broadcast, of several buckets, some leaves in memory of their own."""
     rng = np.random.default_rng(rank)

@@ -356,6 +356,29 @@ def test_calls_on_several_streams_do_not_meet_in_the_buckets():
     assert run_processes(2, nccl_streams, timeout=100) == [[[10.5], [0.5], [0.5]]] * 2
 
 
+def nccl_wire(rank):
+    """With a wire, leaves travel by way of the host, where they are encoded as the host's own are."""
+    group = nccl_group(rank)
+    host = {
+        "w": torch.randn(300_000, generator=torch.Generator().manual_seed(rank)),
+        "b": torch.full((70,), 1.0 + rank),
+    }
+    tree = {name: leaf.cuda() for name, leaf in host.items()}
+    found = []
+    for wire in ("bfloat16", "int8", "int4", "int2"):
+        result = average(tree, group, wire=wire)
+        later = start_average(tree, group, wire=wire).wait()
+        assert {leaf.device.type for leaf in result.values()} == {"cuda"}
+        of_host = average(host, group, wire=wire)
+        found += [torch.equal(leaf[name].cpu(), of_host[name]) for leaf in (result, later) for name in host]
+    return found
+
+
+@gpu
+def test_with_a_wire_leaves_of_a_gpu_get_the_bits_of_the_hosts():
+    assert run_processes(2, nccl_wire, timeout=100) == [[True] * 16] * 2
+
+
 def nccl_broadcast(rank):
     group = nccl_group(rank)
     tree = {
