@@ -25,7 +25,7 @@ from funcavg.collectives.base import Collective
 
 if TYPE_CHECKING:
     from funcavg import outer
-    from funcavg.averagers import Averager, diloco, hierarchical, periodic
+    from funcavg.averagers import Averager, diloco, hierarchical, periodic, streaming_diloco
     from funcavg.stateful import (
         HierarchicalModelAverager,
         ModelAverager,
@@ -57,11 +57,12 @@ __all__ = [
     "should_average",
     "stacked",
     "start_average",
+    "streaming_diloco",
 ]
 __version__ = "0.1.0"
 
 _LATER = {
-    **dict.fromkeys(("Averager", "diloco", "hierarchical", "periodic"), "funcavg.averagers"),
+    **dict.fromkeys(("Averager", "diloco", "hierarchical", "periodic", "streaming_diloco"), "funcavg.averagers"),
     # imports torch, whose classes these extend
     **dict.fromkeys(
         ("HierarchicalModelAverager", "ModelAverager", "PeriodicModelAverager", "PostLocalSGDOptimizer"),

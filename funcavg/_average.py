@@ -14,7 +14,7 @@ from funcavg.collectives import as_collective
 if TYPE_CHECKING:
     from funcavg.wires import Wire
 
-__all__ = ["average", "average_with", "report_mistake", "start_average"]
+__all__ = ["average", "average_with", "report_mistake", "start_average", "start_with"]
 
 T = TypeVar("T")
 
@@ -167,6 +167,11 @@ def start_average(  # noqa: PLR0913  # as average
         [{'w': array([0.5])}, {'w': array([0.5])}]
     """
     options = Options(weight, where, donate, timeout, wire=wire).checked("start_average")
+    return start_with(options, params_tree, group)
+
+
+def start_with(options: Options, params_tree: T, group: Any) -> Handle[T]:
+    """As `start_average`, with options that have been checked."""
     call = Call("start_average", params_tree, group, options)
     return cast("Handle[T]", way_of(call).start(call))
 

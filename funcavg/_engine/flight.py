@@ -75,7 +75,8 @@ class Flight:
         collective: Collective,
         inside: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
-        self._request, self._collective, self._session = request, collective, session_of(collective)
+        self._request, self._session = request, session_of(collective)
+        self._collective: Any = collective
         self._inside = inside  # what the work must be done in
         self._outcome: Any = None  # the tree, or the exception
         torch = sys.modules.get("torch")
@@ -104,6 +105,8 @@ class Flight:
             self._outcome = error
         with self._guard:
             _IN_THE_AIR.discard(self)
+            if not self._waits_for_caller:
+                self._collective = None  # whoever keeps a handle does not keep the group
             self._over.set()
             if self._abandoned:
                 self._session.leave()

@@ -19,7 +19,7 @@ from funcavg._trees.arrays import (
 )
 from funcavg._trees.claim import HEADER_BYTES, Claim, Header, blake2b, digest, find_differences, listed
 from funcavg._trees.compared import Compared
-from funcavg._trees.containers import ROOT, Flat, combine, flatten
+from funcavg._trees.containers import ROOT, Flat, combine, flatten, paths
 from funcavg._trees.layouts import Layout
 from funcavg._trees.options import Options, Timeout, Where, checked_timeout
 from funcavg._trees.request import Request, check_weight, failed_request, make_request
@@ -52,6 +52,7 @@ __all__ = [
     "is_jax",
     "listed",
     "make_request",
+    "paths",
     "wrap_local_tensor",
     "zeros_like",
 ]

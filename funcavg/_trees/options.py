@@ -31,6 +31,7 @@ class Options:
     timeout: Any = None  # a float or None, once checked
     purpose: str = "average"  # or the name of another function, whose options these are
     root: Any = None  # the rank whose values all get
+    about: str = ""  # more of what all ranks must be about to do
     wire: Any = None  # how numbers are written between hosts: a name, or a user's codec
 
     @property
@@ -46,7 +47,8 @@ class Options:
         if self.exactly:
             return self.purpose
         weight = "without weight" if self.weight is None else "with a weight"
-        return f"{weight}, {'without wire' if self.wire is None else f'wire {self.wire_name}'}"
+        words = [weight, "without wire" if self.wire is None else f"wire {self.wire_name}", self.about]
+        return ", ".join(filter(None, words))
 
     @property
     def wire_name(self) -> str:

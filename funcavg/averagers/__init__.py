@@ -6,6 +6,7 @@ from funcavg.averagers._base import Averager, InitFn, UpdateFn
 from funcavg.averagers._diloco import DiLoCoState, diloco
 from funcavg.averagers._hierarchical import HierarchicalState, hierarchical
 from funcavg.averagers._periodic import PeriodicState, periodic
+from funcavg.averagers._streaming import StreamingState, streaming_diloco
 
 __all__ = [
     "Averager",
@@ -13,10 +14,12 @@ __all__ = [
     "HierarchicalState",
     "InitFn",
     "PeriodicState",
+    "StreamingState",
     "UpdateFn",
     "diloco",
     "hierarchical",
     "periodic",
+    "streaming_diloco",
 ]
 
 for _name in __all__:

@@ -133,10 +133,17 @@ def without_grad() -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if torch is None else torch.no_grad()
 
 
-def described(tree: Any, where: Where | None = None, *, donate: bool = False, ties: bool = False) -> Request:
+def described(
+    tree: Any,
+    where: Where | None = None,
+    *,
+    donate: bool = False,
+    ties: bool = False,
+    only: frozenset[int] | None = None,
+) -> Request:
     """Return a tree, taken apart, or raise what is wrong with it. Only asked for, ties and donation are looked at."""
     options = Options(where=where, donate=donate)
-    request = make_request(flatten(tree), options, wrapped=not (ties or donate))
+    request = make_request(flatten(tree), options, only=only, wrapped=not (ties or donate))
     if request.claim.error is not None:
         raise request.claim.error
     return request

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from funcavg import outer as outer_optimizers
-from funcavg._engine import Agreement, move
 from funcavg._schedule import check_schedule, should_average
-from funcavg._transforms import is_traced
-from funcavg._trees import Layout, Options, Request, Timeout, Where, combine, flatten
+from funcavg._trees import Options, Timeout, Where, combine, flatten
 from funcavg.averagers._base import (
     Averager,
-    averaged_lines,
     choose,
     described,
     failing_everywhere,
-    is_local,
     layout_of,
     step_of,
     synchronise,
     takes_part,
     without_grad,
 )
-from funcavg.collectives.solo import Solo
+from funcavg.averagers._outer_step import agreed_ties, averaged_part, check_same_tree, check_wire, has_tracers, tied, with_values
 
 if TYPE_CHECKING:
     from funcavg.wires import Wire
@@ -141,7 +135,7 @@ def diloco(  # noqa: PLR0913  # public: its options are keywords
     """
     warmup, period = check_schedule(warmup, period, "diloco")
     options = Options(timeout=timeout).checked("diloco")
-    _check_wire(wire, group)
+    check_wire(wire, group, "diloco")
     optimizer = outer_optimizers.as_outer(outer)
 
     def init(params: Any) -> DiLoCoState:
@@ -154,7 +148,7 @@ def diloco(  # noqa: PLR0913  # public: its options are keywords
     def anchor_at(step: Any, params: Any, weight: Any = None) -> Any:
         now = replace(options, weight=weight, where=where)
         mean = synchronise(params, group, now, method="diloco, anchor", step=step)
-        return _averaged_part(described(mean, where))
+        return averaged_part(described(mean, where))
 
     def update(params: Any, state: DiLoCoState, *, weight: Any = None, donate: bool = False) -> Any:
         step = step_of(state)
@@ -164,13 +158,14 @@ def diloco(  # noqa: PLR0913  # public: its options are keywords
         def meet(everything: Any) -> Any:
             params, anchor, memory = everything
             with failing_everywhere(group, options, others_wait=True):
-                request = described(params, where, donate=donate, ties=not _is_traced(params))
-                change = combine(lambda old, new: old - new, anchor, _averaged_part(request))
-                delta = _tie(change, request.ties)
+                request = described(params, where, donate=donate, ties=not has_tracers(params))
+                change = combine(lambda old, new: old - new, anchor, averaged_part(request))
+                delta = tied(change, request.ties)
             now = replace(options, weight=weight, donate=donate or not request.ties, wire=wire)
             mean = synchronise(delta, group, now, method="diloco", step=step)
             anchor, memory = optimizer.step(mean, memory, anchor)
-            return _with_values(request, anchor, _agreed(request.ties, mean)), anchor, memory
+            values = flatten(anchor).leaves
+            return with_values(request, values, agreed_ties(request.ties, mean)), anchor, memory
 
         def take_anchor(everything: Any) -> Any:
             params, _, _ = everything
@@ -181,7 +176,7 @@ def diloco(  # noqa: PLR0913  # public: its options are keywords
             meets = should_average(step + 1, warmup=warmup + period, period=period)
             anchors = step == warmup - 1
             with failing_everywhere(group, options, others_wait=meets | anchors):
-                _check_tree(state.anchor, params, where)
+                check_same_tree(layout_of(described(state.anchor)), layout_of(described(params, where)), "diloco")
             branches = [lambda everything: everything, meet]
             if warmup:
                 idle = branches[0]
@@ -190,85 +185,3 @@ def diloco(  # noqa: PLR0913  # public: its options are keywords
             return params, DiLoCoState(step + 1, anchor, memory)
 
     return Averager(init, update)
-
-
-def _check_wire(wire: Any, group: Any) -> None:
-    """Raise what is wrong with a wire, or with having one."""
-    if wire is None:
-        return
-    from funcavg.wires import codec_of
-
-    codec_of(wire)
-    if is_local(group):
-        raise ValueError(
-            f"diloco: wire={wire!r} is for groups of processes or threads, got group={group!r}: over an axis, and of "
-            f"stacked replicas, nothing is encoded. Leave wire out."
-        )
-
-
-def _averaged_part(request: Request) -> Any:
-    """Return a tree with None in the place of what is not averaged, and tensors in that of parameters."""
-    part: list[Any] = [None] * len(request.flat.leaves)
-    for i in layout_of(request).averaged:
-        leaf = request.flat.leaves[i]
-        part[i] = leaf.detach() if hasattr(leaf, "detach") else leaf
-    return request.flat.rebuild(part)
-
-
-def _check_tree(anchor: Any, params: Any, where: Where | None) -> None:
-    """Raise ValueError, and name the first leaves, if an anchor is not of the averaged leaves of a tree."""
-    different = _differences(layout_of(described(anchor)), layout_of(described(params, where)))
-    if different:
-        raise ValueError(
-            f"diloco: update was given another tree than init: {different}. Keep the tree as it is, or begin anew with "
-            f"init."
-        )
-
-
-@functools.lru_cache(maxsize=32)
-def _differences(ours: Layout, theirs: Layout) -> str:
-    left, right = averaged_lines(ours), averaged_lines(theirs)
-    pairs = [(a, b) for a, b in zip(left, right, strict=False) if a != b][:3]
-    if not pairs and len(left) != len(right):
-        return f"{len(left)} averaged leaves then, {len(right)} now"
-    return "; ".join(f"{a} then, {b} now" for a, b in pairs)
-
-
-# Tied leaves (the same memory twice) come back tied, if all ranks have tied them: then, and only then, `average`
-# returns the tied leaves of a pseudo-gradient as one.
-
-
-def _tie(delta: Any, ties: Mapping[int, int]) -> Any:
-    flat = flatten(delta)
-    return flat.rebuild([flat.leaves[ties.get(i, i)] for i in range(len(flat.leaves))])
-
-
-def _agreed(ties: Mapping[int, int], mean: Any) -> dict[int, int]:
-    leaves = flatten(mean).leaves
-    return {i: first for i, first in ties.items() if leaves[i] is leaves[first]}
-
-
-def _with_values(request: Request, anchor: Any, ties: dict[int, int]) -> Any:
-    """Return a tree whose averaged leaves have an anchor's values, in memory of their own: donated, or new."""
-    values = flatten(anchor).leaves
-    if is_traced(request.flat.leaves, None) or is_traced(values, None):  # XLA sees to the memory
-        return request.rebuild(values)
-    request, copying = request._replace(ties=ties), _Values(values)
-    return request.rebuild(move(request, Agreement(None, same_ties=True), copying))
-
-
-class _Values(Solo):
-    """A process alone, whose results are given."""
-
-    def __init__(self, values: Sequence[Any]) -> None:
-        self._values = values
-
-    def fill(self, layout: Layout, _: Sequence[Any], results: Sequence[Any], ties: Mapping[int, int]) -> None:
-        """Copy the values into the results."""
-        for i, (family, value) in enumerate(zip(layout.families, self._values, strict=True)):
-            if i not in ties:
-                family.copy([results[i]], [family.carrier(value)])
-
-
-def _is_traced(tree: Any) -> bool:
-    return is_traced(flatten(tree).leaves, None)

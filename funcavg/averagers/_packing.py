@@ -1,0 +1,85 @@
+"""A fragment's changes in a flat vector for each kind of array: of one length at every step, as `jax.lax.scan` needs it.
+
+Vectors lie on the host, where they can travel while an accelerator computes.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from funcavg._trees import is_jax
+
+__all__ = ["Lengths", "empty", "kind_of", "lengths_of", "pack", "unpack"]
+
+Lengths = dict[str, int]  # elements of the largest fragment, by kind
+
+
+def kind_of(leaf: Any) -> str:
+    """Return what leaves have in common that share a vector: who makes them, and their dtype."""
+    module = type(leaf).__module__.partition(".")[0]
+    if is_jax(leaf):
+        return f"jax {leaf.dtype}"
+    if module == "torch":
+        return str(leaf.dtype).replace(".", " ")
+    return f"numpy {np.asarray(leaf).dtype}"
+
+
+def lengths_of(fragments: Sequence[Sequence[Any]]) -> Lengths:
+    """Return how long each kind's vector is: as long as the fragment with the most of it."""
+    lengths: Lengths = {}
+    for leaves in fragments:
+        own: Lengths = {}
+        for leaf in leaves:
+            own[kind_of(leaf)] = own.get(kind_of(leaf), 0) + math.prod(np.shape(leaf))
+        lengths = {kind: max(lengths.get(kind, 0), own.get(kind, 0)) for kind in {**lengths, **own}}
+    return dict(sorted(lengths.items()))
+
+
+def empty(fragments: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """Return vectors of zeros for the largest of some fragments."""
+    kinds = {kind_of(leaf): leaf for leaves in fragments for leaf in leaves}
+    return {kind: _zeros(kinds[kind], length) for kind, length in lengths_of(fragments).items()}
+
+
+def _zeros(like: Any, length: int) -> Any:
+    if is_jax(like):
+        return sys.modules["jax"].numpy.zeros(length, like.dtype)
+    if kind_of(like).startswith("torch"):
+        return sys.modules["torch"].zeros(length, dtype=like.dtype)
+    return np.zeros(length, np.asarray(like).dtype)
+
+
+def pack(leaves: Sequence[Any], vectors: Mapping[str, Any]) -> dict[str, Any]:
+    """Return new vectors, as long as these, that hold the leaves, and zeros behind."""
+    packed = {}
+    for kind, vector in vectors.items():
+        own = [leaf for leaf in leaves if kind_of(leaf) == kind]
+        if is_jax(vector):
+            numpy = sys.modules["jax"].numpy
+            rest = numpy.zeros(len(vector) - sum(math.prod(leaf.shape) for leaf in own), vector.dtype)
+            packed[kind] = numpy.concatenate([*(leaf.ravel() for leaf in own), rest])
+            continue
+        packed[kind] = _zeros(vector, len(vector))
+        begin = 0
+        for leaf in own:
+            end = begin + math.prod(np.shape(leaf))
+            packed[kind][begin:end].reshape(np.shape(leaf))[...] = leaf
+            begin = end
+    return packed
+
+
+def unpack(vectors: Mapping[str, Any], like: Sequence[Any]) -> list[Any]:
+    """Return the leaves that lie in vectors, as views: of the kinds and shapes of these."""
+    begins = dict.fromkeys(vectors, 0)
+    leaves = []
+    for leaf in like:
+        kind = kind_of(leaf)
+        begin = begins[kind]
+        begins[kind] += math.prod(np.shape(leaf))
+        leaves.append(vectors[kind][begin : begins[kind]].reshape(np.shape(leaf)))
+    return leaves
