@@ -19,7 +19,15 @@ from funcavg.averagers._base import (
     takes_part,
     without_grad,
 )
-from funcavg.averagers._outer_step import agreed_ties, averaged_part, check_same_tree, check_wire, has_tracers, tied, with_values
+from funcavg.averagers._outer_step import (
+    agreed_ties,
+    averaged_part,
+    check_same_tree,
+    check_wire,
+    has_tracers,
+    tied,
+    with_values,
+)
 
 if TYPE_CHECKING:
     from funcavg.wires import Wire

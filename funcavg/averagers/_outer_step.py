@@ -95,9 +95,7 @@ class _Values(Solo):
     def __init__(self, values: Sequence[Any], rows: Sequence[Any]) -> None:
         self._values, self._rows = values, rows
 
-    def fill(
-        self, layout: Layout, carriers: Sequence[Any], results: Sequence[Any], ties: Mapping[int, int]
-    ) -> None:
+    def fill(self, layout: Layout, carriers: Sequence[Any], results: Sequence[Any], ties: Mapping[int, int]) -> None:
         """Copy the values into the results."""
         for i, (family, value, rows) in enumerate(zip(layout.families, self._values, self._rows, strict=True)):
             if i in ties:

@@ -200,7 +200,9 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
                     changes = _local(flatten(combine(lambda old, new: old - new, anchors[k], now)).leaves)
                     sent = pack(changes, sent)
                 if is_local(group):
-                    sent = pack(synchronise(unpack(sent, changes), group, settings(k, weight), method=NAME, step=step), sent)
+                    sent = pack(
+                        synchronise(unpack(sent, changes), group, settings(k, weight), method=NAME, step=step), sent
+                    )
                 elif not has_tracers(sent):
                     begin(list(sent.values()), unpack(sent, changes), group, settings(k, weight))
                 return params, anchors, memories, sent, _kept(weight, kept)
@@ -246,7 +248,12 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
                 cutter.check(state.anchor, request)
             if in_background and not has_tracers((params, state.sent)):
                 going_on(step, state)
-            branches = [lambda everything: everything, *map(send, range(count)), *map(apply, range(count)), take_anchors]
+            branches = [
+                lambda everything: everything,
+                *map(send, range(count)),
+                *map(apply, range(count)),
+                take_anchors,
+            ]
             everything = choose(index, branches[: None if warmup else -1], (params, *state[1:]))
             return everything[0], StreamingState(step + 1, *everything[1:])
 
