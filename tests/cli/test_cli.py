@@ -85,6 +85,10 @@ def folder(tmp_path, monkeypatch):
             ),
         ),
         ("bench --dtype int8", "argument --dtype: invalid choice: 'int8'"),
+        (
+            "bench --wire int8 int3",
+            "argument --wire: invalid choice: 'int3' (choose from 'bfloat16', 'int8', 'int4', 'int2')",
+        ),
         ("bench --plot curve.doc", "--plot curve.doc: the name must end with one of ."),
         ("bench --plot nowhere/curve.png", "--plot nowhere/curve.png: there is no such folder"),
         ("bench --turns 0", "--ranks and --turns must be at least 1, got 2 and 0"),
@@ -104,6 +108,15 @@ def test_a_mistake_is_one_line(folder, capsys, args, says):
     assert output == ""
     assert errors.startswith("funcavg")
     assert says in errors
+    assert errors.count("\n") == 1
+
+
+def test_a_wire_that_is_none_is_one_line(capsys):
+    assert main(["bench", "--wire", "int8", "int3"]) == 2
+    errors = capsys.readouterr().err
+    assert re.search(
+        r"^funcavg: argument --wire: invalid choice: 'int3' \(choose from '?bfloat16.*int8.*int4.*int2'?\) \(", errors
+    )
     assert errors.count("\n") == 1
 
 
@@ -332,7 +345,7 @@ def test_leaves_that_torchs_averager_or_mpi_cannot_sum(tmp_path):
         def group(self):
             return None
 
-    args = argparse.Namespace(leaves="numpy", device="cpu")
+    args = argparse.Namespace(leaves="numpy", device="cpu", wire=[])
     found, notes = rows.make_rows(Some(), spec, args, contextlib.ExitStack())
     names = [*BASES, "funcavg", "funcavg, donate", "funcavg, FUNCAVG_NODE=off", OFF]
     assert [row.name for row in found] == names
@@ -473,6 +486,29 @@ def test_bench_averages_a_named_tree_of_another_dtype():
     assert found["funcavg, donate"]["bytes_sent"] < 530_000  # by two ranks, of two bytes each
     assert result["sentence"].startswith("Averaging thousand-small in bfloat16 over 2 ranks takes ")
     assert report.title(result).startswith("thousand-small: 1000 torch leaves of bfloat16, 0.512 MB; 2 ranks, ")
+
+
+BYTES = {"bfloat16": 2, "int8": 1.016, "int4": 0.504, "int2": 0.254}  # of an element over a wire
+
+
+@pytest.mark.parametrize("leaves", ["numpy", "jax"])
+def test_bench_over_wires(model, leaves):
+    """Ranks of this host count as hosts, and send what the wires' codes take."""
+    skip_without("torch")
+    if leaves == "jax":
+        skip_without("jax")
+    args = ("bench", "--tree", model, "--turns", 1, "--leaves", leaves, "--wire", *BYTES, "--json")
+    names = {wire: f"funcavg{', donate' * (leaves == 'numpy')}, {wire}" for wire in BYTES}
+    result, found = measured(command(*args, "--rows", *names.values()))
+    assert set(found) == {*BASES, *names.values()}
+    for wire, name in names.items():
+        assert found[name]["bytes_sent"] == pytest.approx(10_000_000 * BYTES[wire], rel=0.02)
+        assert found[name]["bytes_sent_is"] == "counted"
+        assert "rank 0 of 2 meets 0 other rank" in found[name]["node_stage"]
+    assert any("over a wire (bfloat16, int8, int4, int2) as if" in note for note in result["notes"])
+    lines = report.text(result).splitlines()
+    (shown,) = (line for line in lines if f"| {names['int8']} " in line)
+    assert shown.split("|")[-3].strip() == f"{found[names['int8']]['bytes_sent'] / 1e6:.1f}"  # MB sent
 
 
 @pytest.mark.mpi
