@@ -22,6 +22,7 @@ from helpers.processes import interruptible
 import funcavg
 from funcavg.cli import bench, checks, doctor, environment, jobs, machine, main, report, rows, trees, trials
 from funcavg.testing import run_ranks
+from funcavg.wires import NAMES
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
@@ -773,6 +774,10 @@ def test_what_works_works(capsys):
     assert re.search(r"(?m)^funcavg +\d+\.\d+\.\d+, numpy [\d.]+, optree [\d.]+, Python 3", output)
     assert re.search(r"(?m)^launcher +none: a single process", output)
     assert re.search(r"(?m)^threads +ok +2 ranks average 4 MB, the first time in [\d.]+ s", output)
+    assert re.search(r"(?m)^wires +bfloat16, int8, int4, int2; written by (C|NumPy)", output)
+    errors = r"bfloat16 0\.2\d* %, int8 [01]\.\d+ %, int4 1\d %, int2 [45]\d %"
+    said = re.sub(r"\n {24}", " ", output)
+    assert re.search(rf"(?m)^threads, wires +ok +3 ranks get the same bits .* errors of {errors}", said)
     assert re.search(rf"(?m)^torch +ok +{re.escape(torch.__version__)}; backends: Gloo", output)
     assert re.search(r"(?m)^torch, Gloo +ok +2 ranks average 4 MB", output)
     assert re.search(r"(?m)^shared memory +ok", output)
@@ -1004,6 +1009,30 @@ def test_a_wrong_mean_is_noticed(monkeypatch):
         environment.CliError, match=r"rank . of 2 got a wrong mean of 'large': element 7 must be 7.5, and is 8.5"
     ):
         run_ranks(2, checks.average_ranks)
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "says"),
+    [
+        (1, 1e-6, "over wire int4 ranks got means of different bits"),
+        (None, 1.0, "over wire int4 the mean has a relative error of 1"),
+        (None, np.nan, "over wire int4 the mean has a relative error of nan"),
+    ],
+)
+def test_a_wrong_mean_over_a_wire_is_noticed(monkeypatch, rank, error, says):
+    right = funcavg.average
+
+    def wrong(tree, group, wire):
+        mean = right(tree, group, wire=wire)
+        return mean * np.float32(1 + error) if wire == "int4" and rank in (None, group.rank) else mean
+
+    monkeypatch.setattr(funcavg, "average", wrong)
+    with pytest.raises(environment.CliError, match=says):
+        checks._wires()
+
+
+def test_each_wire_is_tried_by_doctor():
+    assert tuple(checks.BOUNDS) == NAMES
 
 
 def test_verdicts():
