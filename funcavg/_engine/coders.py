@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from funcavg._engine.kernel import Library, address, kernel_in_use, library
-from funcavg.wires import BITS, Codec, Coder
-from funcavg.wires.codecs import Pieces
+from funcavg.wires.codecs import BITS, Codec, Coder, Pieces
 from funcavg.wires.rotated import CENTROIDS, signs, thresholds
 
 __all__ = ["coder_in_use", "coder_of"]

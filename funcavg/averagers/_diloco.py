@@ -196,7 +196,7 @@ def _check_wire(wire: Any, group: Any) -> None:
     """Raise what is wrong with a wire, or with having one."""
     if wire is None:
         return
-    from funcavg.wires import codec_of
+    from funcavg.wires.codecs import codec_of
 
     codec_of(wire)
     if is_local(group):
