@@ -34,4 +34,12 @@ __all__ = [
     "same_configuration",
     "session_of",
     "tensor_mean_into",
+    "wires_in_use",
 ]
+
+
+def wires_in_use() -> str:
+    """Say which kernel writes the codes of wires in this process."""
+    from funcavg._engine.coders import coder_in_use  # which calls without a wire need not import
+
+    return coder_in_use()

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from funcavg._engine.kernel import Library, address, library
-from funcavg.wires import BITS, Codec, Coder
-from funcavg.wires.codecs import Pieces
+from funcavg._engine.kernel import Library, address, kernel_in_use, library
+from funcavg.wires.codecs import BITS, Codec, Coder, Pieces
 from funcavg.wires.rotated import CENTROIDS, signs, thresholds
 
-__all__ = ["coder_of"]
+__all__ = ["coder_in_use", "coder_of"]
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -24,6 +23,11 @@ def coder_of(codec: Codec, pieces: Pieces) -> Coder:
     """Return the coder of rows that are cut like this."""
     found = library()
     return codec.coder(pieces) if found is None or codec.own is not None else _InC(codec, pieces, found)
+
+
+def coder_in_use() -> str:
+    """Say who writes the codes of funcavg's own wires in this process."""
+    return "NumPy" if library() is None else kernel_in_use()
 
 
 class _Wire(ctypes.Structure):

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from funcavg._engine.buckets import SLOTS, Bucket
 from funcavg._engine.coders import coder_of
 from funcavg._engine.mean import mean_into
-from funcavg.wires import Codec, Coder
+from funcavg.wires.codecs import Codec, Coder
 
 __all__ = ["CodeSlots", "Codes", "codes_of"]
 

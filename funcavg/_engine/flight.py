@@ -54,10 +54,15 @@ class Handle(Generic[T]):
         flight = self._flight
         return flight is None or flight.landed()
 
-    def __del__(self) -> None:
-        flight = getattr(self, "_flight", None)
+    def drop(self) -> None:
+        """Give up the result, and any error: as who drops the handle does, but without a warning."""
+        flight, self._flight = self._flight, None
         if flight is not None:
             flight.abandon()
+
+    def __del__(self) -> None:
+        if getattr(self, "_flight", None) is not None:
+            self.drop()
             warnings.warn(
                 "a handle of start_average was dropped without wait(): its result is lost, and so is any error",
                 RuntimeWarning,

@@ -15,7 +15,7 @@ from funcavg._transforms.axis import broadcast as broadcast_over_axis
 from funcavg._transforms.axis import is_axis
 from funcavg._transforms.call import Call
 from funcavg._transforms.exactly import described, obstacle_to
-from funcavg._transforms.jax import is_traced
+from funcavg._transforms.jax import do_in_order, is_traced
 from funcavg._transforms.replicas import Stacked, stacked
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Way",
     "broadcast_over_axis",
     "described",
+    "do_in_order",
     "is_axis",
     "is_traced",
     "obstacle_to",

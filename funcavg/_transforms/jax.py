@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ from funcavg._transforms.jax_private import prepare_jax
 from funcavg._trees import Flat, Options, Request, StandIn, failed_request, make_request
 from funcavg.collectives import Collective
 
-__all__ = ["average", "is_traced", "start", "takes"]
+__all__ = ["average", "do_in_order", "is_traced", "start", "takes"]
 
 
 def takes(call: Call) -> bool:
@@ -140,6 +140,56 @@ class _Place:
                 mean[...] = mean * (size * share) if share else 0
         return means
 
+    def refuse_derivatives(self) -> None:
+        """Raise if there is a wire."""
+        if self.options.wire is not None:
+            raise ValueError(
+                f"average: wire={self.options.wire!r} under derivatives: a code has none. Average what has been "
+                f"differentiated, or without a wire, or jax.lax.stop_gradient of the tree."
+            )
+
+    def refuse_batches(self) -> None:
+        """Do not: the mean is linear."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Errand:
+    """One place in a program where something is done in program order."""
+
+    do: Callable[[Sequence[Any], float], Sequence[Any]]
+    who: str
+
+    def run(self, leaves: Sequence[Any], weight: Any, *, out: Sequence[Any] | None = None, **_: Any) -> Sequence[Any]:
+        """Do it, with NumPy arrays."""
+        results = self.do(leaves, float(weight))
+        if out is not None:
+            for target, result in zip(out, results, strict=True):
+                np.copyto(target, result)
+        return results
+
+    def refuse_derivatives(self) -> None:
+        """Raise."""
+        raise ValueError(f"{self.who}: has no derivative; differentiate the loss, and not the averager.")
+
+    def refuse_batches(self) -> None:
+        """Raise."""
+        raise ValueError(f"{self.who}: over a group of processes, not under jax.vmap.")
+
+
+def do_in_order(
+    do: Callable[[Sequence[Any], float], Sequence[Any]], leaves: Sequence[Any], number: Any, who: str
+) -> list[Any]:
+    """Let ``do(arrays, number)`` be done when a traced program comes here, in program order.
+
+    It must copy what it keeps of the arrays, and return as many of the same shapes and dtypes, which are the result.
+    """
+    import jax
+
+    errand = _Errand(do, who)
+    operand = jax.lax.stop_gradient(jax.numpy.asarray(number, float))
+    results: list[Any] = _primitive().bind(*leaves, operand, call=errand, adjoint=False, derived=False)
+    return results
+
 
 @functools.cache
 def _primitive() -> Any:
@@ -153,35 +203,29 @@ def _primitive() -> Any:
     primitive: Any = core.Primitive("funcavg_average")
     primitive.multiple_results = True
 
-    def implementation(*operands: Any, call: _Place, **kind: Any) -> list[Any]:
+    def implementation(*operands: Any, call: _Place | _Errand, **kind: Any) -> list[Any]:
         *leaves, weight = (np.asarray(operand) for operand in operands)
         return [jax.numpy.asarray(mean) for mean in call.run(leaves, weight, **kind)]
 
     def abstract(*avals: Any, **_: Any) -> Any:
         return list(avals[:-1]), {effect}
 
-    def refuse_wire(call: _Place) -> None:
-        if call.options.wire is not None:
-            raise ValueError(
-                f"average: wire={call.options.wire!r} under derivatives: a code has none. Average what has been "
-                f"differentiated, or without a wire, or jax.lax.stop_gradient of the tree."
-            )
-
     def jvp(primals: Any, tangents: Any, **params: Any) -> Any:
-        refuse_wire(params["call"])
+        params["call"].refuse_derivatives()
         *rows, weight = primals
         means = primitive.bind(*rows, weight, **params)
         given = [ad.instantiate_zeros(tangent) for tangent in tangents[:-1]]
         return means, primitive.bind(*given, weight, **params | {"derived": True})
 
-    def transpose(cotangents: Any, *operands: Any, call: _Place, adjoint: bool, **_: Any) -> Any:
-        refuse_wire(call)
+    def transpose(cotangents: Any, *operands: Any, call: _Place | _Errand, adjoint: bool, **_: Any) -> Any:
+        call.refuse_derivatives()
         given = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
         means = primitive.bind(*given, operands[-1], call=call, adjoint=not adjoint, derived=True)
         linear = [ad.is_undefined_primal(operand) for operand in operands[:-1]]
         return [mean if it_is else None for mean, it_is in zip(means, linear, strict=True)] + [None]
 
     def batch(operands: Any, axes: Any, **params: Any) -> Any:
+        params["call"].refuse_batches()
         if axes[-1] is not None:
             raise ValueError("average: a weight per element of jax.vmap is not supported; pass one weight per rank")
         # The batch goes first, so that ranks which batch along different dimensions send the same shapes.
@@ -191,7 +235,7 @@ def _primitive() -> Any:
         ]
         return primitive.bind(*rows, **params), [None if axis is None else 0 for axis in axes[:-1]]
 
-    def lower(ctx: Any, *operands: Any, call: _Place, **kind: Any) -> Any:
+    def lower(ctx: Any, *operands: Any, call: _Place | _Errand, **kind: Any) -> Any:
         def run(leaves: Sequence[Any], weight: Any, out: Sequence[Any] | None) -> Sequence[Any]:
             return call.run(leaves, weight, **kind, out=out)
 

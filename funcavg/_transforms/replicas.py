@@ -39,7 +39,8 @@ def stacked(axis: int = 0) -> Stacked:
 
     ``weight`` is a sequence or vector with one number for each replica. Numbers in the tree belong to all replicas, and
     pass through. Outside of transforms the means have the bits that as many ranks would get; inside of them torch sums
-    in float64, and JAX in float32, as over an axis name.
+    in float64, and JAX in float32, as over an axis name. Nothing travels, so there is no ``wire``: what one does to a
+    mean is seen over threads, with `funcavg.testing.run_ranks`.
 
     Args:
         axis: Where the replicas are, counted from the end if negative.

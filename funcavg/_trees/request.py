@@ -15,7 +15,7 @@ from funcavg._trees.layouts import Layout, layout_of
 from funcavg._trees.options import Options, Where
 
 if TYPE_CHECKING:
-    from funcavg.wires import Codec
+    from funcavg.wires.codecs import Codec
 
 __all__ = ["Layout", "Request", "check_weight", "failed_request", "make_request"]
 
@@ -127,7 +127,7 @@ def check_weight(weight: Any) -> float:
 
 
 def _codec_of(wire: Any) -> Codec | None:
-    from funcavg.wires import codec_of  # which calls without a wire need not import
+    from funcavg.wires.codecs import codec_of  # which calls without a wire need not import
 
     return codec_of(wire)
 

@@ -48,7 +48,8 @@ def begin(vectors: Sequence[Any], pieces: Sequence[Any], group: Any, options: Op
 
 def _forget(key: int) -> None:
     _KNOWN.discard(key)
-    _UNDER_WAY.pop(key, None)
+    if (flight := _UNDER_WAY.pop(key, None)) is not None:
+        flight.handle.drop()
 
 
 def is_under_way(vectors: Sequence[Any], group: Any) -> bool:

@@ -10,7 +10,6 @@ of which fragments are consecutive parts::
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -46,8 +45,8 @@ def check_fragments(fragments: Any, period: int, delay: Any, mix: Any) -> tuple[
         checked, count = tuple(fragments), len(fragments)
     else:
         raise TypeError(
-            f"streaming_diloco: fragments must be a number, or a list of functions of a path, got {fragments!r} of type "
-            f"{type(fragments).__name__}"
+            f"streaming_diloco: fragments must be a number, or a list of functions of a path, got {fragments!r} of "
+            f"type {type(fragments).__name__}"
         )
     if not 1 <= count <= period:
         raise ValueError(
@@ -58,8 +57,8 @@ def check_fragments(fragments: Any, period: int, delay: Any, mix: Any) -> tuple[
         raise TypeError(f"streaming_diloco: delay must be an integer, got {delay!r} of type {type(delay).__name__}")
     if not 0 <= delay < period // count:
         raise ValueError(
-            f"streaming_diloco: delay must be at least 0 and less than the {period // count} steps from one fragment to "
-            f"the next (period={period}, {count} fragments), so that one is under way at a time, got {delay}"
+            f"streaming_diloco: delay must be at least 0 and less than the {period // count} steps from one fragment "
+            f"to the next (period={period}, {count} fragments), so that one is under way at a time, got {delay}"
         )
     if isinstance(mix, bool) or not isinstance(mix, (int, float)):
         raise TypeError(f"streaming_diloco: mix must be a number, got {mix!r} of type {type(mix).__name__}")
@@ -150,12 +149,3 @@ def cut_by_paths(paths: Sequence[tuple[Any, ...]], predicates: Sequence[Any], na
                 f"averaged leaves that earlier ones leave it, the first of which is {next(iter(names.values()), None)}."
             )
     return parts
-
-
-def largest(parts: Sequence[Sequence[Piece]], sizes: Sequence[Size]) -> int:
-    """Return how many bytes the largest part has."""
-    return max(sum(math.prod(_bytes_of(piece, sizes[piece.leaf])) for piece in part) for part in parts)
-
-
-def _bytes_of(piece: Piece, size: Size) -> tuple[int, int]:
-    return size.rows if piece.rows is None else piece.rows.stop - piece.rows.start, size.nbytes

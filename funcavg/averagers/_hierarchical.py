@@ -54,6 +54,8 @@ def hierarchical(  # noqa: PLR0913  # public: its options are keywords
     ``anchor="warmup"`` periods divide ``t - W`` instead, so that the first average comes right after the warm-up,
     over the largest groups. During warm-up the caller averages gradients, as with `periodic`.
 
+    It has no ``wire``, as `periodic` has none: where links between hosts are slow, `diloco` over all ranks has.
+
     Args:
         levels: {period, in steps: group}. A group is whatever `funcavg.average` takes, an axis name included; or a
             number, of consecutive ranks of ``group`` in each block that averages so often. Numbers grow with the

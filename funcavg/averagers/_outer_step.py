@@ -19,7 +19,7 @@ def check_wire(wire: Any, group: Any, who: str) -> None:
     """Raise what is wrong with a wire, or with having one."""
     if wire is None:
         return
-    from funcavg.wires import codec_of
+    from funcavg.wires.codecs import codec_of
 
     codec_of(wire)
     if is_local(group):

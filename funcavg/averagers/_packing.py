@@ -1,4 +1,4 @@
-"""A fragment's changes in a flat vector for each kind of array: of one length at every step, as `jax.lax.scan` needs it.
+"""A fragment's changes in a flat vector for each kind of array, of one length at every step, as `scan` needs it.
 
 Vectors lie on the host, where they can travel while an accelerator computes.
 """
@@ -8,15 +8,22 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from funcavg._trees import is_jax
 
-__all__ = ["Lengths", "empty", "kind_of", "lengths_of", "pack", "unpack"]
+__all__ = ["Form", "empty", "forms_of", "pack", "unpack"]
 
 Lengths = dict[str, int]  # elements of the largest fragment, by kind
+
+
+class Form(NamedTuple):
+    """What is known of a leaf without its values."""
+
+    kind: str
+    shape: tuple[int, ...]
 
 
 def kind_of(leaf: Any) -> str:
@@ -73,13 +80,17 @@ def pack(leaves: Sequence[Any], vectors: Mapping[str, Any]) -> dict[str, Any]:
     return packed
 
 
-def unpack(vectors: Mapping[str, Any], like: Sequence[Any]) -> list[Any]:
-    """Return the leaves that lie in vectors, as views: of the kinds and shapes of these."""
+def forms_of(leaves: Sequence[Any]) -> list[Form]:
+    """Return the kind and the shape of each leaf."""
+    return [Form(kind_of(leaf), np.shape(leaf)) for leaf in leaves]
+
+
+def unpack(vectors: Mapping[str, Any], forms: Sequence[Form]) -> list[Any]:
+    """Return the leaves that lie in vectors, as views."""
     begins = dict.fromkeys(vectors, 0)
     leaves = []
-    for leaf in like:
-        kind = kind_of(leaf)
+    for kind, shape in forms:
         begin = begins[kind]
-        begins[kind] += math.prod(np.shape(leaf))
-        leaves.append(vectors[kind][begin : begins[kind]].reshape(np.shape(leaf)))
+        begins[kind] += math.prod(shape)
+        leaves.append(vectors[kind][begin : begins[kind]].reshape(shape))
     return leaves

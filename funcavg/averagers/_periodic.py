@@ -41,6 +41,10 @@ def periodic(
     other steps parameters come back as they went in. **During warm-up nothing is averaged here**: post-local SGD means
     that the caller averages gradients until then, as in the example. The optimizer's own state stays local.
 
+    It has no ``wire``: parameters are sent as they are, for a code's error would be relative to them, and not to what
+    has changed. Where links are slow, ``diloco(period, outer=outer.sgd(1.0), wire="int8")`` averages at the ends of
+    periods by way of changes.
+
     Args:
         period: Steps, at least 1, between two averagings.
         warmup: Steps, at least 0, before the first.

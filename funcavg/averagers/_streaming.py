@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from funcavg import outer as outer_optimizers
 from funcavg._schedule import check_schedule
+from funcavg._transforms import do_in_order
 from funcavg._trees import Options, Request, Timeout, Where, combine, flatten, is_dtensor, paths, wrap_local_tensor
 from funcavg.averagers._base import (
     Averager,
@@ -39,7 +41,7 @@ from funcavg.averagers._outer_step import (
     has_tracers,
     with_values,
 )
-from funcavg.averagers._packing import empty, pack, unpack
+from funcavg.averagers._packing import Form, empty, forms_of, pack, unpack
 
 if TYPE_CHECKING:
     from funcavg.wires import Wire
@@ -101,8 +103,8 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
         outer: The outer optimizer, as for `diloco`. Each fragment has a state of its own, and sees the tree of
             parameters with None in the place of what is of others.
         warmup: Steps, at least 0, during which the caller averages gradients, as for `diloco`.
-        group: Who takes part, as for `funcavg.average`. Over axes and stacked replicas the mean is taken when a fragment
-            is sent.
+        group: Who takes part, as for `funcavg.average`. Over axes and stacked replicas the mean is taken when a
+            fragment is sent.
         where: Which leaves are averaged, as for `funcavg.average`.
         wire: How pseudo-gradients are written between hosts, as for `funcavg.average`.
         timeout: How long to wait for the other ranks, as for `periodic`.
@@ -113,9 +115,9 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
 
     Raises:
         TypeError, ValueError: If an argument is no good. On this rank.
-        ValueError: From ``init``, if an averaged leaf is in no fragment, a fragment has no leaf, or there are fewer rows
-            than fragments (it names them); from ``update``, if the averaged leaves are not those of ``init``. On every
-            rank, at steps that communicate; at others, on this rank.
+        ValueError: From ``init``, if an averaged leaf is in no fragment, a fragment has no leaf, or there are fewer
+            rows than fragments (it names them); from ``update``, if the averaged leaves are not those of ``init``. On
+            every rank, at steps that communicate; at others, on this rank.
 
         ``init`` and ``update`` raise what `funcavg.average` raises: of what travels in the background, the update that
         applies it.
@@ -128,8 +130,8 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
         programs of JAX over axes, nothing is in the background.
 
     Memory:
-        The anchor and what ``outer`` keeps, in the parameters' dtypes; with a delay, a fragment's pseudo-gradient on the
-        host, and its mean.
+        The anchor and what ``outer`` keeps, in the parameters' dtypes; with a delay, a fragment's pseudo-gradient on
+        the host, and its mean.
 
     Examples:
         Two workers, two fragments, each a step under way:
@@ -198,14 +200,17 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
                     request = described(params, where, ties=not has_tracers(params))
                     now = _pieces(request, cutter.parts(request)[k])
                     changes = _local(flatten(combine(lambda old, new: old - new, anchors[k], now)).leaves)
-                    sent = pack(changes, sent)
+                    sent, forms = pack(changes, sent), forms_of(changes)
+                kept = _kept(weight, kept)
                 if is_local(group):
                     sent = pack(
-                        synchronise(unpack(sent, changes), group, settings(k, weight), method=NAME, step=step), sent
+                        synchronise(unpack(sent, forms), group, settings(k, weight), method=NAME, step=step), sent
                     )
-                elif not has_tracers(sent):
-                    begin(list(sent.values()), unpack(sent, changes), group, settings(k, weight))
-                return params, anchors, memories, sent, _kept(weight, kept)
+                elif has_tracers((sent, kept)):
+                    sent = _in_a_program(sent, kept, partial(_begin_there, forms, group, settings(k, None)))
+                else:
+                    begin(list(sent.values()), unpack(sent, forms), group, settings(k, weight))
+                return params, anchors, memories, sent, kept
 
             return run
 
@@ -221,9 +226,15 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
                     change = combine(lambda old, new: old - new, anchors[k], now)
                     mean = synchronise(change, group, replace(settings(k, weight), donate=True), method=NAME, step=step)
                 else:
-                    means = unpack(sent, _local(anchor.leaves))
-                    if not is_local(group):
-                        means = land(list(sent.values()), means, group, settings(k, _weight_of(kept, weight)))
+                    forms = forms_of(_local(anchor.leaves))
+                    means = unpack(sent, forms)
+                    if is_local(group):
+                        pass  # they are
+                    elif has_tracers((sent, kept)):
+                        landed = _in_a_program(sent, kept, partial(_land_there, forms, group, settings(k, None)))
+                        means = unpack(landed, forms)
+                    else:
+                        means = land(list(sent.values()), means, group, settings(k, _weight_of(kept)))
                     mean = anchor.rebuild([_as(leaf, value) for leaf, value in zip(anchor.leaves, means, strict=True)])
                 changed, memory = optimizer.step(mean, memories[k], anchors[k])
                 anchors = (*anchors[:k], changed, *anchors[k + 1 :])
@@ -263,8 +274,8 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
         for k in range(count if step >= warmup else 0):
             own = (k + 1) * period // count - 1
             if own - delay < phase < own and not is_under_way(list(state.sent.values()), group):
-                pieces = unpack(state.sent, _local(flatten(state.anchor[k]).leaves))
-                begin(list(state.sent.values()), pieces, group, settings(k, _weight_of(state.weight, None)))
+                pieces = unpack(state.sent, forms_of(_local(flatten(state.anchor[k]).leaves)))
+                begin(list(state.sent.values()), pieces, group, settings(k, _weight_of(state.weight)))
 
     return Averager(init, update)
 
@@ -336,7 +347,7 @@ def _of_its_own(tree: Any) -> Any:
     """Return a tree of which no leaf is a part of a larger array, all of which would be kept, and saved, for it."""
 
     def owned(leaf: Any) -> Any:
-        if hasattr(leaf, "clone"):
+        if hasattr(leaf, "_is_view"):
             return leaf.clone() if leaf._is_view() else leaf
         return leaf.copy() if isinstance(leaf, np.ndarray) and leaf.base is not None else leaf
 
@@ -367,11 +378,37 @@ def _kept(weight: Any, before: Any) -> Any:
     return float(number)
 
 
-def _weight_of(kept: Any, weight: Any) -> Any:
-    """Return the weight that a state keeps; while JAX traces it, whether there is one is what this update says."""
-    if has_tracers(kept):
-        return None if weight is None else kept
+def _weight_of(kept: Any) -> Any:
+    """Return the weight that a state keeps."""
     return None if np.isnan(kept) else float(kept)
+
+
+# In a program of JAX's, the two halves are two callbacks. They get arrays that are XLA's.
+
+
+def _in_a_program(sent: dict[str, Any], weight: Any, do: Callable[[dict[str, Any], float], Any]) -> dict[str, Any]:
+    """Let ``do(vectors, weight)`` be done when the program runs, and return the vectors that it returns."""
+    kinds = list(sent)
+
+    def there(vectors: Sequence[Any], number: float) -> list[Any]:
+        return list(do(dict(zip(kinds, vectors, strict=True)), number).values())
+
+    return dict(zip(kinds, do_in_order(there, list(sent.values()), weight, NAME), strict=True))
+
+
+def _begin_there(forms: Sequence[Form], group: Any, options: Options, vectors: dict[str, Any], weight: float) -> Any:
+    own = {kind: np.array(vector) for kind, vector in vectors.items()}
+    begin(list(own.values()), unpack(own, forms), group, replace(options, weight=_weight_of(weight)))
+    return own
+
+
+def _land_there(forms: Sequence[Form], group: Any, options: Options, vectors: dict[str, Any], weight: float) -> Any:
+    now = replace(options, weight=_weight_of(weight))
+    means = land(list(vectors.values()), unpack(vectors, forms), group, now)
+    results = {kind: np.zeros_like(vector) for kind, vector in vectors.items()}
+    for place, mean in zip(unpack(results, forms), means, strict=True):
+        place[...] = mean
+    return results
 
 
 def _mixed(mix: float, synchronised: Any, own: Any) -> Any:

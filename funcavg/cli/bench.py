@@ -23,6 +23,7 @@ from funcavg.cli.jobs import AgreedError, Job, agree, connect
 from funcavg.cli.rows import ALONE, BASES, FLOOR, Row, make_rows, node_setting
 from funcavg.cli.start import start
 from funcavg.collectives import as_collective, launched_ranks
+from funcavg.wires import NAMES
 
 __all__ = ["ABOUT", "HOW", "add_arguments", "run"]
 
@@ -42,6 +43,7 @@ rows:
   funcavg                          funcavg.average, which makes a new tree
   ..., donate                      and which writes into the old one's memory
   ..., FUNCAVG_NODE=off            and where ranks of one host do not meet in shared memory
+  ..., int8                        with `--wire int8`: likewise, and what is sent travels as that wire's code
   funcavg in jit, mpi4jax in jit   compiled, with JAX arrays
 
 Every turn runs each row once, in another order. Times are from barrier to barrier.
@@ -65,6 +67,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], default="cpu", help="where torch leaves are (default: cpu)"
+    )
+    parser.add_argument(
+        "--wire",
+        nargs="+",
+        default=[],
+        choices=NAMES,
+        metavar="NAME",
+        help=f"add rows that average over wires: {', '.join(NAMES)}",
     )
     parser.add_argument("--rows", nargs="+", metavar="WORD", help="only rows with one of these words in their name")
     parser.add_argument("--json", action="store_true", help="print JSON, with the time of every turn")
@@ -99,7 +109,7 @@ def _check(args: argparse.Namespace) -> trees.Spec:
 def measure(job: Job, args: argparse.Namespace) -> None:
     """Time all rows on the job's ranks; rank 0 prints."""
     libraries = [has(library) for library in ("torch", "jax", "mpi4jax")]  # which decide the rows
-    options = [args.turns, args.rows, args.leaves, args.device]
+    options = [args.turns, args.rows, args.wire, args.leaves, args.device]
     # What the machine is like is asked before the run, which is a load itself.
     found_here, spec = agree(
         job,

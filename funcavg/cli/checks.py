@@ -29,6 +29,7 @@ from funcavg.collectives.segment import Address, Segment, open_segment
 __all__ = ["CHECKS", "average_ranks", "enter", "listening", "mpi_facts"]
 
 NODE_STAGE = "node stage: "
+BOUNDS = {"bfloat16": 0.003, "int8": 0.015, "int4": 0.15, "int2": 0.55}  # of the relative error of a mean over a wire
 
 
 @contextmanager
@@ -73,6 +74,23 @@ def _threads() -> dict[str, str]:
     from funcavg.testing import run_ranks
 
     return run_ranks(2, average_ranks)[0]
+
+
+def _wires() -> dict[str, str]:
+    """Average over each wire, between threads, which count as hosts."""
+    from funcavg.testing import run_ranks
+
+    numbers = np.random.default_rng(0).standard_normal((3, 50_000), np.float32)
+    mean, errors = numbers.mean(axis=0, dtype=np.float64), {}
+    for wire, bound in BOUNDS.items():
+        means = run_ranks(3, lambda group, wire=wire: funcavg.average(numbers[group.rank], group, wire=wire))  # type: ignore[misc]
+        if any(other.tobytes() != means[0].tobytes() for other in means):
+            raise CliError(f"over wire {wire} ranks got means of different bits")
+        errors[wire] = float(np.linalg.norm(means[0] - mean) / np.linalg.norm(mean))
+        if not errors[wire] <= bound:
+            raise CliError(f"over wire {wire} the mean has a relative error of {errors[wire]:.2g}, above {bound:g}")
+    found = ", ".join(f"{wire} {100 * error:.2g} %" for wire, error in errors.items())
+    return {"details": f"3 ranks get the same bits over each wire, with errors of {found}"}
 
 
 def _torch() -> dict[str, str]:
@@ -186,6 +204,7 @@ def _open(pid: str, descriptor: str, nonce: str) -> dict[str, str]:
 
 CHECKS: dict[str, Callable[..., dict[str, Any]]] = {
     "threads": _threads,
+    "wires": _wires,
     "torch": _torch,
     "gloo": _gloo,
     "nccl": _nccl,

@@ -13,13 +13,14 @@ import time
 from collections.abc import Iterator, Sequence
 
 import funcavg
-from funcavg._engine import kernel_in_use
+from funcavg._engine import kernel_in_use, wires_in_use
 from funcavg._errors import FuncavgError
 from funcavg.cli import checks, losses
 from funcavg.cli.environment import CliError, choose_backend, cores, rank_of
 from funcavg.cli.jobs import agree, connect
 from funcavg.cli.trials import ABSENT, FAILED, NO, OK, SUBJECTS, TRIALS, Finding, attempt, judge
 from funcavg.collectives import LAUNCHERS, launched_ranks
+from funcavg.wires import NAMES
 
 __all__ = ["ABOUT", "HOW", "add_arguments", "run"]
 
@@ -91,6 +92,7 @@ def _facts() -> Iterator[Finding]:
     yield Finding("", "funcavg", "", ", ".join([funcavg.__version__, *versions, python]))
     try:
         yield Finding("", "kernel", "", kernel_in_use())
+        yield Finding("", "wires", "", f"{', '.join(NAMES)}; written by {wires_in_use()}")
     except (RuntimeError, ValueError) as error:
         yield Finding("", "kernel", FAILED, str(error))
     launched = launched_ranks(os.environ)

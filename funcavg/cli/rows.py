@@ -44,13 +44,27 @@ def make_rows(job: Job, spec: Spec, args: Any, resources: ExitStack) -> tuple[li
         nodes["off"] = ", FUNCAVG_NODE=off"
     for node, where in nodes.items():
         for donate in (False, True) if args.leaves != "jax" else (False,):
-            group = job.group()
-            call = functools.partial(funcavg.average, tree, group, donate=donate)
-            run = _until_ready(call) if args.leaves == "jax" else call
-            rows.append(Row(f"funcavg{', donate' if donate else ''}{where}", run, group, node=node))
+            name = f"funcavg{', donate' if donate else ''}{where}"
+            rows.append(_ours(job, name, tree, args.leaves, node=node, donate=donate))
+    for wire in dict.fromkeys(args.wire):
+        donate = args.leaves != "jax"
+        name = f"funcavg{', donate' if donate else ''}, {wire}"
+        rows.append(_ours(job, name, tree, args.leaves, node="off", donate=donate, wire=wire))
+    if args.wire:
+        notes.append(
+            f"over a wire ({', '.join(dict.fromkeys(args.wire))}) as if each rank were on a host of its own "
+            f"(FUNCAVG_NODE=off): within a host, a wire changes nothing"
+        )
     if args.leaves == "jax":
         rows += _in_jit(job, spec, tree, notes)
     return rows, notes
+
+
+def _ours(job: Job, name: str, tree: dict[str, Any], leaves: str, *, node: str | None, **options: Any) -> Row:
+    """Return a row of `funcavg.average`, over a group of its own."""
+    group = job.group()
+    call = functools.partial(funcavg.average, tree, group, **options)
+    return Row(name, _until_ready(call) if leaves == "jax" else call, group, node=node)
 
 
 def _ring(job: Job, nbytes: int) -> int:

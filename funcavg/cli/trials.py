@@ -37,6 +37,7 @@ class Trial(NamedTuple):
 
 TRIALS = [
     Trial("threads", "threads", "threads"),
+    Trial("threads", "threads, wires", "wires"),
     Trial("torch", "torch", "torch", "torch"),
     Trial("torch", "torch, Gloo", "gloo", "torch", "ranks"),
     Trial("nccl", "torch, NCCL", "nccl", "torch", "ranks"),

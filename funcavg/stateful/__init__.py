@@ -111,6 +111,9 @@ class PeriodicModelAverager(ModelAverager, torch_averagers.PeriodicModelAverager
     Call ``average_parameters`` once after every step of the optimizer, on all ranks. It averages when
     ``should_average(step, warmup=warmup_steps, period=period)``.
 
+    Stand-ins have no ``wire``, since they average parameters. Where links are slow, use `funcavg.diloco`, with
+    ``outer=outer.sgd(1.0)`` and ``wire="int8"``: it averages what has changed.
+
     Args:
         period: Steps, at least 1, between two averagings. 1 warns, for then averaging gradients costs no more.
         warmup_steps: Steps, at least 0, before the first averaging. Let gradients be averaged until then.
@@ -208,7 +211,8 @@ class HierarchicalModelAverager(ModelAverager, torch_hierarchical.HierarchicalMo
 
     Call ``average_parameters`` once after every step of the optimizer, on all ranks. From step ``warmup_steps`` on, it
     averages at steps which some period divides, over the group of the largest such period. (Periods divide the step
-    itself, as in torch, and not the steps since the warm-up, as in `PeriodicModelAverager`.)
+    itself, as in torch, and not the steps since the warm-up, as in `PeriodicModelAverager`.) It has no ``wire``,
+    either.
 
     Args:
         period_group_size_dict: {period, in steps: ranks in each group that averages so often}, periods ascending. Each

@@ -19,9 +19,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from funcavg.wires.codecs import BITS, NAMES, Codec, Coder, codec_of
+from funcavg.wires.codecs import NAMES
 
-__all__ = ["BITS", "NAMES", "Codec", "Coder", "Wire", "codec_of"]
+__all__ = ["NAMES", "Wire"]
 
 
 @runtime_checkable

@@ -60,10 +60,11 @@ def _times_denormal(integers: npt.NDArray[np.int64], scales: npt.NDArray[np.int6
 
 
 def to_bfloat16(numbers: Floats) -> Bytes:
-    """Round to nearest, ties to even."""
+    """Round to nearest, ties to even; to the largest number rather than to infinity."""
     bits = numbers.view(np.uint32)
     top = bits >> 16
     rounded = (bits + (0x7FFF + (top & 1))) >> 16
+    rounded -= (rounded & 0x7FFF == 0x7F80) & np.isfinite(numbers)
     return np.where(np.isnan(numbers), top | 0x40, rounded).astype(np.uint16).view(np.uint8)  # a NaN could round to 0
 
 

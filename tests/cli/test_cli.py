@@ -22,6 +22,7 @@ from helpers.processes import interruptible
 import funcavg
 from funcavg.cli import bench, checks, doctor, environment, jobs, machine, main, report, rows, trees, trials
 from funcavg.testing import run_ranks
+from funcavg.wires import NAMES
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
@@ -85,6 +86,10 @@ def folder(tmp_path, monkeypatch):
             ),
         ),
         ("bench --dtype int8", "argument --dtype: invalid choice: 'int8'"),
+        (
+            "bench --wire int8 int3",
+            "argument --wire: invalid choice: 'int3' (choose from 'bfloat16', 'int8', 'int4', 'int2')",
+        ),
         ("bench --plot curve.doc", "--plot curve.doc: the name must end with one of ."),
         ("bench --plot nowhere/curve.png", "--plot nowhere/curve.png: there is no such folder"),
         ("bench --turns 0", "--ranks and --turns must be at least 1, got 2 and 0"),
@@ -104,6 +109,15 @@ def test_a_mistake_is_one_line(folder, capsys, args, says):
     assert output == ""
     assert errors.startswith("funcavg")
     assert says in errors
+    assert errors.count("\n") == 1
+
+
+def test_a_wire_that_is_none_is_one_line(capsys):
+    assert main(["bench", "--wire", "int8", "int3"]) == 2
+    errors = capsys.readouterr().err
+    assert re.search(
+        r"^funcavg: argument --wire: invalid choice: 'int3' \(choose from '?bfloat16.*int8.*int4.*int2'?\) \(", errors
+    )
     assert errors.count("\n") == 1
 
 
@@ -332,7 +346,7 @@ def test_leaves_that_torchs_averager_or_mpi_cannot_sum(tmp_path):
         def group(self):
             return None
 
-    args = argparse.Namespace(leaves="numpy", device="cpu")
+    args = argparse.Namespace(leaves="numpy", device="cpu", wire=[])
     found, notes = rows.make_rows(Some(), spec, args, contextlib.ExitStack())
     names = [*BASES, "funcavg", "funcavg, donate", "funcavg, FUNCAVG_NODE=off", OFF]
     assert [row.name for row in found] == names
@@ -473,6 +487,29 @@ def test_bench_averages_a_named_tree_of_another_dtype():
     assert found["funcavg, donate"]["bytes_sent"] < 530_000  # by two ranks, of two bytes each
     assert result["sentence"].startswith("Averaging thousand-small in bfloat16 over 2 ranks takes ")
     assert report.title(result).startswith("thousand-small: 1000 torch leaves of bfloat16, 0.512 MB; 2 ranks, ")
+
+
+BYTES = {"bfloat16": 2, "int8": 1.016, "int4": 0.504, "int2": 0.254}  # of an element over a wire
+
+
+@pytest.mark.parametrize("leaves", ["numpy", "jax"])
+def test_bench_over_wires(model, leaves):
+    """Ranks of this host count as hosts, and send what the wires' codes take."""
+    skip_without("torch")
+    if leaves == "jax":
+        skip_without("jax")
+    args = ("bench", "--tree", model, "--turns", 1, "--leaves", leaves, "--wire", *BYTES, "--json")
+    names = {wire: f"funcavg{', donate' * (leaves == 'numpy')}, {wire}" for wire in BYTES}
+    result, found = measured(command(*args, "--rows", *names.values()))
+    assert set(found) == {*BASES, *names.values()}
+    for wire, name in names.items():
+        assert found[name]["bytes_sent"] == pytest.approx(10_000_000 * BYTES[wire], rel=0.02)
+        assert found[name]["bytes_sent_is"] == "counted"
+        assert "rank 0 of 2 meets 0 other rank" in found[name]["node_stage"]
+    assert any("over a wire (bfloat16, int8, int4, int2) as if" in note for note in result["notes"])
+    lines = report.text(result).splitlines()
+    (shown,) = (line for line in lines if f"| {names['int8']} " in line)
+    assert shown.split("|")[-3].strip() == f"{found[names['int8']]['bytes_sent'] / 1e6:.1f}"  # MB sent
 
 
 @pytest.mark.mpi
@@ -737,6 +774,10 @@ def test_what_works_works(capsys):
     assert re.search(r"(?m)^funcavg +\d+\.\d+\.\d+, numpy [\d.]+, optree [\d.]+, Python 3", output)
     assert re.search(r"(?m)^launcher +none: a single process", output)
     assert re.search(r"(?m)^threads +ok +2 ranks average 4 MB, the first time in [\d.]+ s", output)
+    assert re.search(r"(?m)^wires +bfloat16, int8, int4, int2; written by (C|NumPy)", output)
+    errors = r"bfloat16 0\.2\d* %, int8 [01]\.\d+ %, int4 1\d %, int2 [45]\d %"
+    said = re.sub(r"\n {24}", " ", output)
+    assert re.search(rf"(?m)^threads, wires +ok +3 ranks get the same bits .* errors of {errors}", said)
     assert re.search(rf"(?m)^torch +ok +{re.escape(torch.__version__)}; backends: Gloo", output)
     assert re.search(r"(?m)^torch, Gloo +ok +2 ranks average 4 MB", output)
     assert re.search(r"(?m)^shared memory +ok", output)
@@ -968,6 +1009,30 @@ def test_a_wrong_mean_is_noticed(monkeypatch):
         environment.CliError, match=r"rank . of 2 got a wrong mean of 'large': element 7 must be 7.5, and is 8.5"
     ):
         run_ranks(2, checks.average_ranks)
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "says"),
+    [
+        (1, 1e-6, "over wire int4 ranks got means of different bits"),
+        (None, 1.0, "over wire int4 the mean has a relative error of 1"),
+        (None, np.nan, "over wire int4 the mean has a relative error of nan"),
+    ],
+)
+def test_a_wrong_mean_over_a_wire_is_noticed(monkeypatch, rank, error, says):
+    right = funcavg.average
+
+    def wrong(tree, group, wire):
+        mean = right(tree, group, wire=wire)
+        return mean * np.float32(1 + error) if wire == "int4" and rank in (None, group.rank) else mean
+
+    monkeypatch.setattr(funcavg, "average", wrong)
+    with pytest.raises(environment.CliError, match=says):
+        checks._wires()
+
+
+def test_each_wire_is_tried_by_doctor():
+    assert tuple(checks.BOUNDS) == NAMES
 
 
 def test_verdicts():

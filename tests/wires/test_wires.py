@@ -20,7 +20,8 @@ from funcavg._engine.codes import codes_of
 from funcavg._trees import Options, flatten, make_request
 from funcavg.cli import trees
 from funcavg.testing import run_ranks
-from funcavg.wires import BITS, NAMES, codec_of
+from funcavg.wires import NAMES
+from funcavg.wires.codecs import BITS, codec_of
 
 BYTES = {"bfloat16": 2, "int8": 1 + 4 / 256, "int4": 0.5 + 4 / 1024, "int2": 0.25 + 4 / 1024}  # of an element
 # Error of the mean of two ranks and more: that of what they send, and that of the mean.
