@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from funcavg import PeerLostError, average, broadcast
+from funcavg import PeerLostError, average, broadcast, diloco, outer, streaming_diloco
 from funcavg._engine import kernel_in_use
 from funcavg.testing import run_ranks
 from funcavg.wires import NAMES
@@ -230,6 +230,57 @@ def time_averages(rank: int, _: dist.Store, *names: str) -> dict[str, list[dict[
     return turns
 
 
+# Training: 8 MB of parameters in fragments of 2 MB; a step computes for some 25 ms.
+PERIOD, FRAGMENTS, DELAY, PERIODS = 32, 4, 6, 3
+TRAINED = 2_000_000  # float32
+STEP = 0.025  # seconds
+
+
+def train(rank: int, _: dist.Store, *wires: str) -> dict[str, Any]:
+    """Return how long training takes without averages, with `diloco`, and with `streaming_diloco`, over a wire or "".
+
+    Steps are products of matrices, as many as take `STEP`; the clock of the slowest rank counts.
+    """
+    matrix, out = torch.rand(256, 256), torch.empty(256, 256)
+
+    def compute(times: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(times):
+            torch.mm(matrix, matrix, out=out)
+        return time.perf_counter() - begin
+
+    compute(50)
+    dist.barrier()
+    each = torch.tensor([compute(400) / 400])
+    dist.all_reduce(each, dist.ReduceOp.MAX)
+    times, found = max(int(STEP / each.item()), 1), {}
+    # The same products everywhere; all begin together.
+    methods = {"nothing": None}
+    for wire in wires:
+        settings = {"outer": outer.nesterov(0.7, 0.9), "wire": wire or None}
+        methods[f"diloco {wire}".strip()] = diloco(PERIOD, **settings)
+        streaming = streaming_diloco(PERIOD, fragments=FRAGMENTS, delay=DELAY, **settings)
+        methods[f"streaming_diloco {wire}".strip()] = streaming
+    for name, averager in methods.items():
+        params = {f"layer{k}": torch.zeros(250, 1000) for k in range(TRAINED // 250_000)}
+        state = averager.init(params) if averager else None
+        steps = 0.0
+        for timed in (False, True):  # the first period finds the node, and its memory
+            dist.barrier()
+            begin = time.perf_counter()
+            for _ in range(PERIOD * (PERIODS if timed else 1)):
+                compute(times)
+                for leaf in params.values():
+                    leaf[0] += rank + 1
+                at = time.perf_counter()
+                if averager:
+                    params, state = averager.update(params, state, donate=True)
+                steps += time.perf_counter() - at if timed else 0.0
+            seconds = time.perf_counter() - begin
+        found[name] = {"seconds": seconds, "in_update": steps}
+    return found
+
+
 def lose_link(rank: int, store: dist.Store) -> dict[str, Any]:
     """Average while the link is cut, and when it is mended once more over a new group; return what came of it."""
     ranks = range(dist.get_world_size())
@@ -252,7 +303,7 @@ def lose_link(rank: int, store: dist.Store) -> dict[str, Any]:
 def work(path: str, task: str, *args: str) -> None:
     """Be a rank."""
     faulthandler.dump_traceback_later(LIMIT, exit=True)
-    tasks = {"time_averages": time_averages, "lose_link": lose_link}
+    tasks = {"time_averages": time_averages, "lose_link": lose_link, "train": train}
     try:
         store, rank, size = dist.FileStore(path), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         dist.init_process_group("gloo", store=dist.PrefixStore("first", store), rank=rank, world_size=size)
@@ -309,12 +360,27 @@ def print_wires(rates: Sequence[float]) -> None:
         print(f"| {wire}, {'t₃ rows' if heavy else 'Gauss'} | {' | '.join(f'{error:.2e}' for error in found)} |")
 
 
+def print_training(rate: float, slower: float) -> None:
+    """Print how much of the time is computing, on a link of some rate, and over int4 on one so many times slower."""
+    print(f"\n| Mbit/s | {PERIOD * PERIODS} steps | seconds | computing |\n|--:|---|--:|--:|")
+    for speed, wire in ((rate, ""), (rate / slower, "int4")):
+        with two_hosts(speed) as hosts, ranks_on(hosts, [1, 1], "train", wire) as (ranks, _):
+            outcomes = results(ranks)
+        seconds = {name: max(outcome[name]["seconds"] for outcome in outcomes) for name in outcomes[0]}
+        for name, took in seconds.items():
+            share = 100 * seconds["nothing"] / took
+            print(f"| {speed / 1e6:.0f} | {name} | {took:.2f} | {share:.1f} % |", flush=True)
+
+
 def main() -> None:
-    """Print the tables: all of them, or with "wires" those of wires, at some rates in Mbit/s."""
-    rates = [1e6 * float(rate) for rate in sys.argv[2:]] or [200e6, 1e9, 5e9]
-    if sys.argv[1:2] != ["wires"]:
+    """Print the tables: all of them; with "wires" those of wires, with "training" that of training, at some rates."""
+    what, rates = sys.argv[1:2], [1e6 * float(rate) for rate in sys.argv[2:]]
+    if not what:
         print_averages()
-    print_wires(rates)
+    if what in ([], ["wires"]):
+        print_wires(rates or [200e6, 1e9, 5e9])
+    if what in ([], ["training"]):
+        print_training(*(rates or [120e6]), 7)
 
 
 if __name__ == "__main__":
