@@ -14,7 +14,7 @@ import numpy as np
 
 from funcavg._trees import is_jax
 
-__all__ = ["Form", "empty", "forms_of", "pack", "unpack"]
+__all__ = ["Form", "empty", "forms_of", "lengths_of", "pack", "unpack"]
 
 Lengths = dict[str, int]  # elements of the largest fragment, by kind
 
