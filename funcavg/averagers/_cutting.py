@@ -54,7 +54,7 @@ class Cutter:
             placed = [piece._replace(axis=self._axis(np.ndim(request.leaves[piece.leaf]))) for piece in part]
             more = [piece._replace(leaf=other) for piece in placed for other in followers.get(piece.leaf, ())]
             whole.append(sorted(placed + more, key=lambda piece: piece.leaf))
-        return tuple(with_memory_of_its_own(pieces_of(request, part)) for part in whole)
+        return tuple([with_memory_of_its_own(pieces_of(request, part)) for part in whole])
 
     def cut(self, anchors: Any, sent: Any, request: Request) -> Cut:
         """Return how a tree is cut, by its anchors; raise ValueError if these are of another tree.

@@ -165,7 +165,7 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
         mean = synchronise(params, group, now, method=f"{NAME}, anchor", step=step)
         anchors = cutter.anchors_of(described(mean, where, ties=not has_tracers(mean)))
         sent = empty([local(flatten(anchor).leaves) for anchor in anchors]) if delay else {}
-        return anchors, tuple(map(optimizer.init, anchors)), sent, np.nan
+        return anchors, tuple([optimizer.init(anchor) for anchor in anchors]), sent, np.nan
 
     def travel(k: int, anchor: Any = None, ties: Mapping[int, int] | None = None) -> Travel:
         now = replace(options, wire=wire, about=f"fragment {k} {plan}")
@@ -185,7 +185,7 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
                 with failing_everywhere(group, options, others_wait=True):
                     changes = combine(lambda old, new: old - new, anchors[k], pieces_of(request, part))
                     sent = pack(local(flatten(changes).leaves), sent)
-                    kept = kept if is_local(group) else kept_weight(weight)
+                    kept = kept if is_local(group) else kept_weight(weight, kept)
                 way = travel(k, anchors[k], ties)
                 if is_local(group):
                     now = replace(way.options, weight=weight)
@@ -208,6 +208,7 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
                 if delay:
                     means = way.land(sent, kept, step, traced=traced)
                     mean = flatten(anchors[k]).rebuild(means)
+                    sent, kept = pack([], sent), kept if is_local(group) else kept_weight(None, kept)
                 else:
                     change = tied(combine(lambda old, new: old - new, anchors[k], own), ties)
                     now = replace(way.options, weight=weight, donate=donate or not ties)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from funcavg._transforms import do_in_order
-from funcavg._trees import Options, check_weight, flatten, is_dtensor, wrap_local_tensor
+from funcavg._trees import Options, check_weight, flatten, is_dtensor, is_jax, wrap_local_tensor
 from funcavg.averagers._base import is_local
 from funcavg.averagers._cutting import local
 from funcavg.averagers._flights import begin, is_under_way, land
@@ -70,13 +70,19 @@ class Travel:
         return replace(self.options, weight=weight, about=f"{self.options.about}, sent at step {sent_at}")
 
     def _begin(self, sent: Vectors, kept: Any, step: Any) -> None:
-        begin(list(sent.values()), self._pieces(sent), self.group, self.options_at(kept, int(step)), self.who)
+        begin(list(sent.values()), self._on_host(sent), self.group, self.options_at(kept, int(step)), self.who)
 
     def _land(self, sent: Vectors, kept: Any, step: Any) -> list[Any]:
         now = self.options_at(kept, int(step) - self.delay)
         name = self.options.about.partition(",")[0]
         what = f"{self.who}, {name}: step {int(step)}"
-        return land(list(sent.values()), self._pieces(sent), self.group, now, what)
+        return land(list(sent.values()), self._on_host(sent), self.group, now, what)
+
+    def _on_host(self, vectors: Vectors) -> list[Any]:
+        """Return the pieces where they can travel while an accelerator computes, and in a thread that calls no JAX."""
+        return self._pieces(
+            {kind: np.asarray(vector) if is_jax(vector) else vector for kind, vector in vectors.items()}
+        )
 
     def _pieces(self, vectors: Vectors) -> list[Any]:
         pieces = unpack(vectors, self.forms)
@@ -107,6 +113,10 @@ class Travel:
 
 
 def _as(leaf: Any, value: Any) -> Any:
+    if is_jax(leaf):
+        import jax
+
+        return jax.numpy.asarray(value)
     if is_dtensor(leaf):
         return wrap_local_tensor(leaf, value.to(leaf.device))
     if hasattr(value, "to") and hasattr(leaf, "device"):
@@ -114,10 +124,10 @@ def _as(leaf: Any, value: Any) -> Any:
     return value if hasattr(leaf, "shape") and not isinstance(leaf, np.generic) else type(leaf)(value[()])
 
 
-def kept_weight(weight: Any) -> Any:
+def kept_weight(weight: Any, before: Any) -> Any:
     """Return a weight as a state keeps it, NaN if there is none; or raise what is wrong with it."""
-    if not has_tracers(weight):
+    if not has_tracers((weight, before)):
         return np.nan if weight is None else check_weight(weight)
     import jax
 
-    return jax.numpy.asarray(weight, float)
+    return jax.numpy.asarray(np.nan if weight is None else weight, getattr(before, "dtype", float))
