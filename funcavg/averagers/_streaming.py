@@ -26,8 +26,8 @@ from funcavg.averagers._cutting import Cutter, local, pieces_of, places_of, ties
 from funcavg.averagers._flights import forget
 from funcavg.averagers._fragments import Piece, Timetable, check_fragments
 from funcavg.averagers._outer_step import agreed_ties, check_wire, has_tracers, mixed, tied, with_values
-from funcavg.averagers._packing import empty, pack, unpack
-from funcavg.averagers._travel import Travel, kept_weight
+from funcavg.averagers._packing import empty, forms_of, pack, unpack
+from funcavg.averagers._travel import Travel, in_place_of, kept_weight
 
 if TYPE_CHECKING:
     from funcavg.wires import Wire
@@ -169,7 +169,7 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
 
     def travel(k: int, anchor: Any = None, ties: Mapping[int, int] | None = None) -> Travel:
         now = replace(options, wire=wire, about=f"fragment {k} {plan}")
-        return Travel(NAME, group, now, delay, anchor, ties or {})
+        return Travel(NAME, group, now, delay, forms_of(local(flatten(anchor).leaves)), ties or {})
 
     def update(params: Any, state: StreamingState, *, weight: Any = None, donate: bool = False) -> Any:
         step = step_of(state)
@@ -207,7 +207,7 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
                 way = travel(k, anchors[k], ties)
                 if delay:
                     means = way.land(sent, kept, step, traced=traced)
-                    mean = flatten(anchors[k]).rebuild(means)
+                    mean = in_place_of(anchors[k], means)
                     sent, kept = pack([], sent), kept if is_local(group) else kept_weight(None, kept)
                 else:
                     change = tied(combine(lambda old, new: old - new, anchors[k], own), ties)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,12 +16,11 @@ import numpy as np
 from funcavg._transforms import do_in_order
 from funcavg._trees import Options, check_weight, flatten, is_dtensor, is_jax, wrap_local_tensor
 from funcavg.averagers._base import is_local
-from funcavg.averagers._cutting import local
 from funcavg.averagers._flights import begin, is_under_way, land
 from funcavg.averagers._outer_step import has_tracers
-from funcavg.averagers._packing import Form, forms_of, unpack
+from funcavg.averagers._packing import Form, unpack
 
-__all__ = ["Travel", "kept_weight"]
+__all__ = ["Travel", "in_place_of", "kept_weight"]
 
 Vectors = dict[str, Any]
 
@@ -35,13 +33,8 @@ class Travel:
     group: Any
     options: Options  # about this fragment
     delay: int
-    anchor: Any
-    ties: Mapping[int, int] = field(default_factory=dict)  # which of its leaves are others again, and need not travel
-
-    @cached_property
-    def forms(self) -> list[Form]:
-        """What its leaves are like."""
-        return forms_of(local(flatten(self.anchor).leaves))
+    forms: Sequence[Form]  # of its leaves, none of which may be kept: programs are
+    ties: Mapping[int, int]  # which of them are others again, and need not travel
 
     def lost(self, sent: Vectors, kept: Any, step: int) -> bool:
         """Say whether it must be begun again, who was sent after a step: this is another process than then."""
@@ -55,14 +48,12 @@ class Travel:
         return sent
 
     def land(self, sent: Vectors, kept: Any, step: Any, *, traced: bool) -> list[Any]:
-        """Return the means of its leaves, in the update of this step: of the anchor's kinds, and where it is."""
+        """Return the means of its leaves, in the update of this step."""
         if is_local(self.group):
-            means = self._pieces(sent)  # they are what has been sent
-        elif traced:
-            means = self._pieces(self._in_a_program(self._land_there, sent, kept, step))
-        else:
-            means = self._land(sent, kept, step)
-        return [_as(leaf, mean) for leaf, mean in zip(flatten(self.anchor).leaves, means, strict=True)]
+            return self._pieces(sent)  # they are what has been sent
+        if traced:
+            return self._pieces(self._in_a_program(self._land_there, sent, kept, step))
+        return self._land(sent, kept, step)
 
     def options_at(self, kept: Any, sent_at: int) -> Options:
         """Return what all ranks must ask for: the fragment of one step, each with the weight that it had then."""
@@ -110,6 +101,12 @@ class Travel:
         for place, mean in zip(unpack(results, self.forms), self._land(sent, kept, step), strict=True):
             place[...] = mean
         return results
+
+
+def in_place_of(anchor: Any, means: Sequence[Any]) -> Any:
+    """Return means that have come back as a tree like an anchor: of its kinds, and where it is."""
+    flat = flatten(anchor)
+    return flat.rebuild([_as(leaf, mean) for leaf, mean in zip(flat.leaves, means, strict=True)])
 
 
 def _as(leaf: Any, value: Any) -> Any:
