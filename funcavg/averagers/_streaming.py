@@ -247,12 +247,9 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
                 k, begun = again
                 way = travel(k, state.anchor[k], ties_of(request, cut.parts[k]))
                 way.begin(state.sent, state.weight, begun, traced=False)
-            branches = [
-                lambda everything: everything,
-                *map(send, range(count)),
-                *map(apply, range(count)),
-                take_anchors,
-            ]
+            idle: Callable[[Any], Any] = lambda everything: everything  # noqa: E731
+            sends = map(send, range(count)) if delay else [idle] * count
+            branches = [idle, *sends, *map(apply, range(count)), take_anchors]
             everything = choose(index, branches[: None if warmup else -1], (params, *state[1:]))
             return everything[0], StreamingState(step + 1, *everything[1:])
 
