@@ -170,9 +170,9 @@ def start_average(  # noqa: PLR0913  # as average
     return start_with(options, params_tree, group)
 
 
-def start_with(options: Options, params_tree: T, group: Any) -> Handle[T]:
-    """As `start_average`, with options that have been checked."""
-    call = Call("start_average", params_tree, group, options)
+def start_with(options: Options, params_tree: T, group: Any, who: str = "start_average") -> Handle[T]:
+    """As `start_average`, with options that have been checked, for ``who``."""
+    call = Call(who, params_tree, group, options)
     return cast("Handle[T]", way_of(call).start(call))
 
 

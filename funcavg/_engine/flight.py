@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 import threading
+import traceback
 import warnings
 import weakref
 from collections.abc import Callable
@@ -87,6 +88,9 @@ class Flight:
         torch = sys.modules.get("torch")
         inference = torch is not None and torch.is_inference_mode_enabled()
         self._mode = torch.inference_mode if torch is not None and inference else contextlib.nullcontext
+        jax = sys.modules.get("jax")
+        x64 = None if jax is None else jax.config.jax_enable_x64
+        self._width = contextlib.nullcontext if jax is None or x64 is None else lambda: jax.enable_x64(x64)
         self._guard, self.pid = threading.Lock(), os.getpid()
         self._over, self._abandoned = threading.Event(), False
         devices = set() if request.layout is None else {leaf.device for leaf in request.layout.leaves} - {""}
@@ -100,14 +104,16 @@ class Flight:
 
     def _fly(self) -> None:
         try:
-            with self._inside(), self._mode():  # that of the caller's thread
+            with self._inside(), self._mode(), self._width():  # those of the caller's thread
                 self._given.wait()
                 if self._waits_for_caller:
                     self._session.resume("start_average")
                 results = carry_out(self._request, self._collective)
                 self._outcome = self._request.rebuild(results)
         except BaseException as error:  # raised by wait()
+            _clear_frames(error)
             self._outcome = error
+        collective = self._collective
         with self._guard:
             _IN_THE_AIR.discard(self)
             if not self._waits_for_caller:
@@ -115,6 +121,7 @@ class Flight:
             self._over.set()
             if self._abandoned:
                 self._session.leave()
+        del collective  # maybe the last who knew it: what ends with it may abandon this very flight
 
     def landed(self) -> bool:
         """Say whether the thread is done, if there is one."""
@@ -148,6 +155,13 @@ class Flight:
     def over_within(self, seconds: float) -> None:
         """Wait for the thread to be done."""
         self._over.wait(seconds)
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Let go of what the frames of a traceback hold: the group, for one, which whoever keeps a handle does not keep."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 _IN_THE_AIR: weakref.WeakSet[Flight] = weakref.WeakSet()

@@ -40,7 +40,7 @@ class Session:
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._spent: str | None = None
-        self._busy_with = ""
+        self._busy_with, self._cure = "", ""
         self._slots: dict[str, Any] = {}
         self._node: Node | None = None
         self._begin_anew()
@@ -71,22 +71,23 @@ class Session:
         finally:
             self.leave()
 
-    def enter(self, what: str) -> None:
-        """Begin a call."""
+    def enter(self, what: str, about: str = "") -> None:
+        """Begin a call; ``about``: what of an averager's, which ends in a later update."""
         self._refuse_in_a_fork(what)
         if not self._lock.acquire(blocking=False):
             if self._spent is not None:
                 raise self._spent_error(what)
             raise RuntimeError(
                 f"{what}: {self._busy_with} is still under way on this group. Only one call at a time can use a group: "
-                f"wait for its handle first, or use a second group."
+                f"{self._cure} first, or use a second group."
             )
         try:
             self.resume(what)
         except BaseException:
             self._lock.release()
             raise
-        self._busy_with = what
+        self._busy_with = f"{what} ({about})" if about else what
+        self._cure = "go on to the update that applies it" if about else "wait for its handle"
 
     def _refuse_in_a_fork(self, what: str) -> None:
         if self._pid != os.getpid() and self._size > 1:
@@ -136,9 +137,7 @@ class Session:
         collective: Any = self._collective()
         self._refuse_in_a_fork("forget")
         if not self._lock.acquire(blocking=False):
-            raise RuntimeError(
-                f"forget: {self._busy_with} is still under way on this group. Wait for its handle first."
-            )
+            raise RuntimeError(f"forget: {self._busy_with} is still under way on this group: {self._cure} first.")
         try:
             if isinstance(collective, Renewable):
                 collective.renew(group)

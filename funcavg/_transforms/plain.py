@@ -30,7 +30,7 @@ def start(call: Call) -> Handle[Any]:
     if call.collective is None:
         return Handle(call.tree)
     session, request = session_of(call.collective), call.request()
-    session.enter(call.who)
+    session.enter(call.who, call.options.about)
     try:
         return Handle(None, Flight(request, call.collective))
     except BaseException:  # no thread to be had

@@ -29,6 +29,7 @@ __all__ = [
     "failing_everywhere",
     "is_local",
     "layout_of",
+    "log_synchronisation",
     "step_of",
     "synchronise",
     "takes_part",
@@ -222,13 +223,12 @@ def synchronise(tree: T, group: Any, options: Options, *, method: str, step: Any
     result = average_with(options, tree, group)
     seconds = time.perf_counter() - start
     leaves = len(layout_of(described(result, options.where)).averaged)
-    _LOG.info(
-        "%s: step %d, %d leaves averaged%s, %d bytes sent, %.6f seconds",
-        method,
-        int(step),
-        leaves,
-        "" if options.wire is None else f" over wire {options.wire_name}",
-        getattr(collective, "bytes_sent", 0) - sent,
-        seconds,
-    )
+    sent = getattr(collective, "bytes_sent", 0) - sent
+    log_synchronisation(f"{method}: step {int(step)}", leaves, options, sent, f"{seconds:.6f} seconds")
     return result
+
+
+def log_synchronisation(what: str, leaves: int, options: Options, sent: int, took: str) -> None:
+    """Log that leaves have been averaged."""
+    wire = "" if options.wire is None else f" over wire {options.wire_name}"
+    _LOG.info("%s, %d leaves averaged%s, %d bytes sent, %s", what, leaves, wire, sent, took)

@@ -1,4 +1,4 @@
-"""What travels in the background from one update to a later one.
+"""What is averaged in the background, from one update to a later one.
 
 An averager's state says what was sent. That it is under way already is remembered here, for each group: a cache, which
 a restarted process does without. So `land` returns the same bits whether anything was begun or not.
@@ -6,6 +6,8 @@ a restarted process does without. So `land` returns the same bits whether anythi
 
 from __future__ import annotations
 
+import contextlib
+import time
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,57 +17,94 @@ import numpy as np
 from funcavg._average import average_with, start_with
 from funcavg._engine import Handle
 from funcavg._trees import Options, family_of
+from funcavg.averagers._base import log_synchronisation
 from funcavg.collectives import as_collective
 
-__all__ = ["begin", "is_under_way", "land"]
+__all__ = ["begin", "forget", "is_under_way", "land"]
 
 
 class _Flight(NamedTuple):
     vectors: Sequence[Any]  # what was sent
+    about: str  # and which fragment it is, of which step: ranks that hold equal vectors by chance do as the others
     handle: Handle[Any]
+    sent: int  # bytes that this rank had sent before
+
+    def is_of(self, vectors: Sequence[Any], about: str) -> bool:
+        """Say whether these very bits are under way."""
+        return self.about == about and _are_same(self.vectors, vectors)
 
 
 _UNDER_WAY: dict[int, _Flight] = {}  # by the collective's id: it need not be hashable
 _KNOWN: set[int] = set()  # collectives with whose end it is forgotten
 
 
-def begin(vectors: Sequence[Any], pieces: Sequence[Any], group: Any, options: Options) -> None:
+def begin(vectors: Sequence[Any], pieces: Sequence[Any], group: Any, options: Options, who: str) -> None:
     """Start to average ``pieces``, arrays in the memory of ``vectors``, neither of which may change until they land.
 
-    Where a group's work is done by whoever waits for it, nothing is begun.
+    Where a group's work is done by whoever waits for it, and where it is of one, nothing is begun.
     """
     collective: Any = as_collective(group)
     key = id(collective)
-    if (earlier := _UNDER_WAY.pop(key, None)) is not None:  # of a run that was given up
-        earlier.handle.wait()
-    if getattr(collective, "in_callers_thread", False):
+    forget(group)
+    if collective.size == 1 or getattr(collective, "in_callers_thread", False):
         return
     if key not in _KNOWN:
         _KNOWN.add(key)
-        weakref.finalize(collective, _forget, key)
-    _UNDER_WAY[key] = _Flight(vectors, start_with(options, list(pieces), group))
+        weakref.finalize(collective, _end, key)
+    sent = _bytes_sent(collective)
+    _UNDER_WAY[key] = _Flight(vectors, options.about, start_with(options, list(pieces), group, who), sent)
 
 
-def _forget(key: int) -> None:
+def _end(key: int) -> None:
     _KNOWN.discard(key)
     if (flight := _UNDER_WAY.pop(key, None)) is not None:
         flight.handle.drop()
 
 
-def is_under_way(vectors: Sequence[Any], group: Any) -> bool:
-    """Say whether these very bits are."""
-    flight = _UNDER_WAY.get(id(as_collective(group)))
-    return flight is not None and _are_same(flight.vectors, vectors)
+def forget(group: Any) -> None:
+    """Wait for what a run has begun that was given up, if there is such, so that the group can be used again."""
+    key = id(as_collective(group))
+    if (flight := _UNDER_WAY.get(key)) is not None:
+        with contextlib.suppress(Exception):  # that run's; if the group is lost, the next call says so
+            flight.handle.wait()
+        del _UNDER_WAY[key]
 
 
-def land(vectors: Sequence[Any], pieces: Sequence[Any], group: Any, options: Options) -> list[Any]:
-    """Return the means of ``pieces``, of which the average may have begun."""
-    flight = _UNDER_WAY.pop(id(as_collective(group)), None)
-    if flight is not None:
-        means = flight.handle.wait()
-        if _are_same(flight.vectors, vectors):
-            return list(means)
-    return list(average_with(options, list(pieces), group))
+def is_under_way(vectors: Sequence[Any], group: Any, options: Options) -> bool:
+    """Say whether these very bits are, or will be averaged by whoever waits for them."""
+    collective: Any = as_collective(group)
+    if collective.size == 1 or getattr(collective, "in_callers_thread", False):
+        return True
+    flight = _UNDER_WAY.get(id(collective))
+    return flight is not None and flight.is_of(vectors, options.about)
+
+
+def land(vectors: Sequence[Any], pieces: Sequence[Any], group: Any, options: Options, what: str) -> list[Any]:
+    """Return the means of ``pieces``, of which the average may have begun; log that ``what`` has been averaged."""
+    collective: Any = as_collective(group)
+    key, start = id(collective), time.perf_counter()
+    flight = _UNDER_WAY.get(key)
+    if flight is not None and not flight.is_of(vectors, options.about):
+        forget(group)
+        flight = None
+    if flight is None:
+        sent = _bytes_sent(collective)
+        means = average_with(options, list(pieces), group)
+    else:
+        sent = flight.sent
+        try:
+            means = flight.handle.wait()
+        except Exception:
+            del _UNDER_WAY[key]
+            raise  # what interrupts, such as Ctrl-C, leaves it under way
+        del _UNDER_WAY[key]
+    sent, seconds = _bytes_sent(collective) - sent, time.perf_counter() - start
+    log_synchronisation(what, len(pieces), options, sent, f"{seconds:.6f} seconds waited")
+    return list(means)
+
+
+def _bytes_sent(collective: Any) -> int:
+    return int(getattr(collective, "bytes_sent", 0))
 
 
 def _are_same(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:

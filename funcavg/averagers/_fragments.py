@@ -11,9 +11,15 @@ of which fragments are consecutive parts::
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
-__all__ = ["Fragments", "Piece", "Size", "check_fragments", "cut_by_number", "cut_by_paths", "events"]
+from funcavg._schedule import integer
+from funcavg._transforms import is_traced
+
+__all__ = ["Fragments", "Piece", "Size", "Timetable", "check_fragments", "cut_by_number", "cut_by_paths"]
 
 Fragments = int | tuple[Callable[[tuple[Any, ...]], Any], ...]
 
@@ -22,11 +28,17 @@ class Piece(NamedTuple):
     """Some rows of a leaf, or all of it."""
 
     leaf: int  # its number among the averaged ones
-    rows: slice | None = None  # along the first axis; None for all of the leaf
+    rows: slice | None = None  # None for all of the leaf
+    axis: int = 0  # that rows are along: the first, but for that of stacked replicas
+
+    @property
+    def place(self) -> tuple[slice, ...] | None:
+        """Where these rows lie in the leaf, as an index; None for all of it."""
+        return None if self.rows is None else (*(slice(None),) * self.axis, self.rows)
 
     def of(self, leaf: Any) -> Any:
         """Return these rows of a leaf."""
-        return leaf if self.rows is None else leaf[self.rows]
+        return leaf if self.place is None else leaf[self.place]
 
 
 class Size(NamedTuple):
@@ -39,8 +51,8 @@ class Size(NamedTuple):
 def check_fragments(fragments: Any, period: int, delay: Any, mix: Any) -> tuple[Fragments, int, float]:
     """Return the arguments of `funcavg.streaming_diloco`, or raise what is wrong with them."""
     checked: Fragments
-    if isinstance(fragments, int) and not isinstance(fragments, bool):
-        checked = count = fragments
+    if isinstance(fragments, Integral) and not isinstance(fragments, bool):
+        checked = count = int(fragments)
     elif isinstance(fragments, (list, tuple)) and all(map(callable, fragments)):
         checked, count = tuple(fragments), len(fragments)
     else:
@@ -53,44 +65,87 @@ def check_fragments(fragments: Any, period: int, delay: Any, mix: Any) -> tuple[
             f"streaming_diloco: there must be at least 1 fragment, and at most one for each step of a period, got "
             f"{count} and period={period}"
         )
-    if isinstance(delay, bool) or not isinstance(delay, int):
-        raise TypeError(f"streaming_diloco: delay must be an integer, got {delay!r} of type {type(delay).__name__}")
+    delay = integer("streaming_diloco: delay", delay)
     if not 0 <= delay < period // count:
         raise ValueError(
             f"streaming_diloco: delay must be at least 0 and less than the {period // count} steps from one fragment "
             f"to the next (period={period}, {count} fragments), so that one is under way at a time, got {delay}"
         )
-    if isinstance(mix, bool) or not isinstance(mix, (int, float)):
+    if isinstance(mix, bool) or not isinstance(mix, Real):
         raise TypeError(f"streaming_diloco: mix must be a number, got {mix!r} of type {type(mix).__name__}")
-    if not 0 <= mix <= 1:
+    if not 0 <= float(mix) <= 1:
         raise ValueError(f"streaming_diloco: mix must be at least 0 and at most 1, got {mix!r}")
     return checked, delay, float(mix)
 
 
-def events(period: int, count: int, delay: int) -> list[int]:
-    """Return what happens after each step of a period: 0 nothing, 1 + k fragment k is sent, 1 + count + k applied.
+@dataclass(frozen=True)
+class Timetable:
+    """When fragments are sent and applied. What happens after a step has a number; JAX may be tracing the step."""
 
-    Without delay, what is applied is sent at once.
+    period: int
+    count: int
+    delay: int
+    warmup: int
 
-    >>> events(6, 2, 1)
-    [0, 1, 3, 0, 2, 4]
-    >>> events(6, 2, 0)
-    [0, 0, 3, 0, 0, 4]
-    """
-    happens = [0] * period
-    for k in range(count):
-        own = (k + 1) * period // count
-        if delay:
-            happens[own - delay - 1] = 1 + k
-        happens[own - 1] = 1 + count + k
-    return happens
+    @cached_property
+    def events(self) -> list[int]:
+        """What happens in a period: 0 nothing, 1 + k fragment k is sent, 1 + count + k it is applied.
+
+        Without delay, what is applied is sent at once.
+
+        >>> Timetable(6, 2, 1, 0).events
+        [0, 1, 3, 0, 2, 4]
+        >>> Timetable(6, 2, 0, 0).events
+        [0, 0, 3, 0, 0, 4]
+        """
+        happens = [0] * self.period
+        for k in range(self.count):
+            if self.delay:
+                happens[self._own(k) - self.delay] = 1 + k
+            happens[self._own(k)] = 1 + self.count + k
+        return happens
+
+    @property
+    def anchors(self) -> int:
+        """The number of what happens after the last step of a warm-up: anchors are taken anew."""
+        return 1 + 2 * self.count
+
+    def _own(self, k: int) -> int:
+        return (k + 1) * self.period // self.count - 1
+
+    def at(self, step: Any) -> Any:
+        """Return what happens after a step, counted from 0."""
+        if not is_traced((step,), None):
+            step = int(step)
+            if step < self.warmup:
+                return self.anchors if step == self.warmup - 1 else 0
+            return self.events[(step - self.warmup) % self.period]
+        import jax
+
+        now = jax.numpy.asarray(self.events)[(step - self.warmup) % self.period]
+        before = jax.numpy.where(step == self.warmup - 1, self.anchors, 0)
+        return jax.numpy.where(step >= self.warmup, now, before)
+
+    def under_way(self, step: int) -> tuple[int, int] | None:
+        """Return which fragment is on its way before a step that does not apply it, and after which it was sent.
+
+        >>> [Timetable(4, 1, 2, 0).under_way(step) for step in range(6)]
+        [None, None, (0, 1), None, None, None]
+        """
+        phase = (step - self.warmup) % self.period
+        for k in range(self.count if step >= self.warmup else 0):
+            sent = self._own(k) - self.delay
+            if sent < phase < self._own(k):
+                return k, step - phase + sent
+        return None
 
 
 def cut_by_number(sizes: Sequence[Size], count: int, kept: Sequence[int]) -> list[list[Piece]]:
     """Cut leaves, those that are ``kept``, into so many consecutive parts, of which the largest is as small as can be.
 
-    >>> cut_by_number([Size(4, 10), Size(1, 15)], 2, [0, 1])
-    [[Piece(leaf=0, rows=slice(0, 3, None))], [Piece(leaf=0, rows=slice(3, 4, None)), Piece(leaf=1, rows=None)]]
+    >>> cut_by_number([Size(3, 10), Size(1, 15)], 2, [0, 1])
+    [[Piece(leaf=0, rows=slice(0, 2, None), axis=0)],
+     [Piece(leaf=0, rows=slice(2, 3, None), axis=0), Piece(leaf=1, rows=None, axis=0)]]
     """
     rows = sum(max(sizes[i].rows, 1) for i in kept)
     if rows < count:

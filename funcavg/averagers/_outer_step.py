@@ -6,13 +6,26 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from funcavg._engine import Agreement, move
 from funcavg._transforms import is_traced
 from funcavg._trees import Layout, Request, flatten
 from funcavg.averagers._base import averaged_lines, is_local, layout_of
 from funcavg.collectives.solo import Solo
 
-__all__ = ["agreed_ties", "averaged_part", "check_same_tree", "check_wire", "has_tracers", "tied", "with_values"]
+__all__ = [
+    "agreed_ties",
+    "averaged_part",
+    "check_same_tree",
+    "check_wire",
+    "differences",
+    "has_tracers",
+    "mixed",
+    "refuse_tree",
+    "tied",
+    "with_values",
+]
 
 
 def check_wire(wire: Any, group: Any, who: str) -> None:
@@ -40,7 +53,11 @@ def averaged_part(request: Request) -> Any:
 
 def check_same_tree(ours: Layout, theirs: Layout, who: str) -> None:
     """Raise ValueError, and name the first leaves, if an anchor is not of the averaged leaves of a tree."""
-    different = _differences(ours, theirs)
+    refuse_tree(_differences(ours, theirs), who)
+
+
+def refuse_tree(different: str, who: str) -> None:
+    """Raise ValueError, if there is a difference."""
     if different:
         raise ValueError(
             f"{who}: update was given another tree than init: {different}. Keep the tree as it is, or begin anew with "
@@ -50,7 +67,11 @@ def check_same_tree(ours: Layout, theirs: Layout, who: str) -> None:
 
 @functools.lru_cache(maxsize=32)
 def _differences(ours: Layout, theirs: Layout) -> str:
-    left, right = averaged_lines(ours), averaged_lines(theirs)
+    return differences(averaged_lines(ours), averaged_lines(theirs))
+
+
+def differences(left: Sequence[str], right: Sequence[str]) -> str:
+    """Return in words where the lines of two trees differ first; "" if they do not."""
     pairs = [(a, b) for a, b in zip(left, right, strict=False) if a != b][:3]
     if not pairs and len(left) != len(right):
         return f"{len(left)} averaged leaves then, {len(right)} now"
@@ -76,7 +97,7 @@ def agreed_ties(ties: Mapping[int, int], mean: Any) -> dict[int, int]:
 def with_values(request: Request, values: Sequence[Any], ties: dict[int, int], rows: Sequence[Any] = ()) -> Any:
     """Return a tree whose averaged leaves have these values, in memory of their own: donated, or new.
 
-    ``rows`` says of each which rows of the leaf these are; None, or not given, for all of them.
+    ``rows`` says of each which part of the leaf these are, as an index; None, or not given, for all of it.
     """
     rows = rows or [None] * len(values)
     if is_traced(request.flat.leaves, None) or is_traced(values, None):  # XLA sees to the memory
@@ -106,6 +127,22 @@ class _Values(Solo):
                     family.copy([target], [carriers[i]])
                 target = target[rows]
             family.copy([target], [family.carrier(value)])
+
+
+def mixed(mix: float, synchronised: Any, own: Any) -> Any:
+    """Return ``(1 - mix) synchronised + mix own``, of 16 bits by way of float32: rounded once."""
+    one, other = _wide(synchronised), _wide(own)
+    mean = one + mix * (other - one) if mix <= 0.5 else other + (1 - mix) * (one - other)
+    dtype = getattr(synchronised, "dtype", None)
+    if dtype is None or mean.dtype == dtype:
+        return mean
+    return mean.to(dtype) if hasattr(mean, "to") else mean.astype(dtype)
+
+
+def _wide(leaf: Any) -> Any:
+    if getattr(getattr(leaf, "dtype", None), "itemsize", 8) > 2:
+        return leaf
+    return leaf.float() if hasattr(leaf, "float") else leaf.astype(np.float32)
 
 
 def has_tracers(tree: Any) -> bool:

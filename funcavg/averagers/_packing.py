@@ -14,7 +14,7 @@ import numpy as np
 
 from funcavg._trees import is_jax
 
-__all__ = ["Form", "empty", "forms_of", "pack", "unpack"]
+__all__ = ["Form", "empty", "forms_of", "lengths_of", "pack", "unpack"]
 
 Lengths = dict[str, int]  # elements of the largest fragment, by kind
 
@@ -55,10 +55,17 @@ def empty(fragments: Sequence[Sequence[Any]]) -> dict[str, Any]:
 
 def _zeros(like: Any, length: int) -> Any:
     if is_jax(like):
-        return sys.modules["jax"].numpy.zeros(length, like.dtype)
+        return _concatenated(like, (), length)
     if kind_of(like).startswith("torch"):
         return sys.modules["torch"].zeros(length, dtype=like.dtype)
     return np.zeros(length, np.asarray(like).dtype)
+
+
+def _concatenated(like: Any, leaves: Sequence[Any], length: int) -> Any:
+    """Return leaves in a vector, and zeros behind; in shard_map it varies over axes as ``like`` does."""
+    numpy = sys.modules["jax"].numpy
+    rest = numpy.zeros(length - sum(math.prod(leaf.shape) for leaf in leaves), like.dtype)
+    return numpy.concatenate([like.ravel()[:0], *(leaf.ravel() for leaf in leaves), rest])
 
 
 def pack(leaves: Sequence[Any], vectors: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,9 +74,7 @@ def pack(leaves: Sequence[Any], vectors: Mapping[str, Any]) -> dict[str, Any]:
     for kind, vector in vectors.items():
         own = [leaf for leaf in leaves if kind_of(leaf) == kind]
         if is_jax(vector):
-            numpy = sys.modules["jax"].numpy
-            rest = numpy.zeros(len(vector) - sum(math.prod(leaf.shape) for leaf in own), vector.dtype)
-            packed[kind] = numpy.concatenate([*(leaf.ravel() for leaf in own), rest])
+            packed[kind] = _concatenated(vector, own, len(vector))
             continue
         packed[kind] = _zeros(vector, len(vector))
         begin = 0

@@ -2,46 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from funcavg import outer as outer_optimizers
 from funcavg._schedule import check_schedule
-from funcavg._transforms import do_in_order
-from funcavg._trees import Options, Request, Timeout, Where, combine, flatten, is_dtensor, paths, wrap_local_tensor
+from funcavg._trees import Options, Request, Timeout, Where, combine, flatten
 from funcavg.averagers._base import (
     Averager,
     choose,
     described,
     failing_everywhere,
     is_local,
-    layout_of,
     step_of,
     synchronise,
     takes_part,
     without_grad,
 )
-from funcavg.averagers._flights import begin, is_under_way, land
-from funcavg.averagers._fragments import (
-    Fragments,
-    Piece,
-    Size,
-    check_fragments,
-    cut_by_number,
-    cut_by_paths,
-    events,
-)
-from funcavg.averagers._outer_step import (
-    check_same_tree,
-    check_wire,
-    has_tracers,
-    with_values,
-)
-from funcavg.averagers._packing import Form, empty, forms_of, pack, unpack
+from funcavg.averagers._cutting import Cutter, local, pieces_of, places_of, ties_of
+from funcavg.averagers._flights import forget
+from funcavg.averagers._fragments import Piece, Timetable, check_fragments
+from funcavg.averagers._outer_step import agreed_ties, check_wire, has_tracers, mixed, tied, with_values
+from funcavg.averagers._packing import empty, forms_of, pack, unpack
+from funcavg.averagers._travel import Travel, in_place_of, kept_weight
 
 if TYPE_CHECKING:
     from funcavg.wires import Wire
@@ -162,54 +148,51 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
     check_wire(wire, group, NAME)
     optimizer = outer_optimizers.as_outer(outer)
     count = chosen if isinstance(chosen, int) else len(chosen)
-    happens, in_background = events(period, count, delay), delay > 0 and not is_local(group)
-    cutter = _Cutter(chosen)
+    table, cutter = Timetable(period, count, delay, warmup), Cutter(chosen, group, NAME)
+    plan = f"of {count}, period {period}, delay {delay}"
 
     def init(params: Any) -> StreamingState:
         with without_grad():
             if not takes_part(group):
                 return StreamingState(0, None, None, None, None)
-            with failing_everywhere(group, options, others_wait=True):
-                cutter.parts(described(params, where, ties=not has_tracers(params)))
-            return StreamingState(0, *begun(anchors_at(0, params)))
+            return StreamingState(0, *anchored(0, params))
 
-    def anchors_at(step: Any, params: Any, weight: Any = None) -> tuple[Any, ...]:
-        mean = synchronise(
-            params, group, replace(options, weight=weight, where=where), method=f"{NAME}, anchor", step=step
-        )
-        request = described(mean, where, ties=not has_tracers(mean))
-        return tuple(_of_its_own(_pieces(request, part)) for part in cutter.parts(request))
+    def anchored(step: Any, params: Any, weight: Any = None) -> tuple[Any, ...]:
+        """Return the state of a run that begins here, but for its step."""
+        if not is_local(group):
+            forget(group)
+        now = replace(options, weight=weight, where=where, about=f"fragments {plan}")
+        mean = synchronise(params, group, now, method=f"{NAME}, anchor", step=step)
+        anchors = cutter.anchors_of(described(mean, where, ties=not has_tracers(mean)))
+        sent = empty([local(flatten(anchor).leaves) for anchor in anchors]) if delay else {}
+        return anchors, tuple([optimizer.init(anchor) for anchor in anchors]), sent, np.nan
 
-    def begun(anchors: tuple[Any, ...]) -> tuple[Any, ...]:
-        leaves = [_local(flatten(anchor).leaves) for anchor in anchors]
-        return anchors, tuple(map(optimizer.init, anchors)), empty(leaves) if delay else {}, np.nan
-
-    def settings(k: int, weight: Any) -> Options:
-        about = f"fragment {k} of {count}"
-        return replace(options, weight=weight, wire=wire, about=about)
+    def travel(k: int, anchor: Any = None, ties: Mapping[int, int] | None = None) -> Travel:
+        now = replace(options, wire=wire, about=f"fragment {k} {plan}")
+        return Travel(NAME, group, now, delay, forms_of(local(flatten(anchor).leaves)), ties or {})
 
     def update(params: Any, state: StreamingState, *, weight: Any = None, donate: bool = False) -> Any:
         step = step_of(state)
         if not takes_part(group):
             return params, state._replace(step=step + 1)
+        traced = has_tracers((params, state.sent, weight))
+        index = table.at(step)
 
         def send(k: int) -> Callable[[Any], Any]:
             def run(everything: Any) -> Any:
                 params, anchors, memories, sent, kept = everything
+                request, part, ties = of_fragment(k, params)
                 with failing_everywhere(group, options, others_wait=True):
-                    request = described(params, where, ties=not has_tracers(params))
-                    now = _pieces(request, cutter.parts(request)[k])
-                    changes = _local(flatten(combine(lambda old, new: old - new, anchors[k], now)).leaves)
-                    sent, forms = pack(changes, sent), forms_of(changes)
-                kept = _kept(weight, kept)
+                    changes = combine(lambda old, new: old - new, anchors[k], pieces_of(request, part))
+                    sent = pack(local(flatten(changes).leaves), sent)
+                    kept = kept if is_local(group) else kept_weight(weight, kept)
+                way = travel(k, anchors[k], ties)
                 if is_local(group):
-                    sent = pack(
-                        synchronise(unpack(sent, forms), group, settings(k, weight), method=NAME, step=step), sent
-                    )
-                elif has_tracers((sent, kept)):
-                    sent = _in_a_program(sent, kept, partial(_begin_there, forms, group, settings(k, None)))
+                    now = replace(way.options, weight=weight)
+                    name = f"{NAME}, fragment {k} of {count}"
+                    sent = pack(synchronise(unpack(sent, way.forms), group, now, method=name, step=step), sent)
                 else:
-                    begin(list(sent.values()), unpack(sent, forms), group, settings(k, weight))
+                    sent = way.begin(sent, kept, step, traced=traced)
                 return params, anchors, memories, sent, kept
 
             return run
@@ -217,224 +200,57 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
         def apply(k: int) -> Callable[[Any], Any]:
             def run(everything: Any) -> Any:
                 params, anchors, memories, sent, kept = everything
-                anchor = flatten(anchors[k])
+                request, part, ties = of_fragment(k, params)
                 with failing_everywhere(group, options, others_wait=True):
-                    request = described(params, where, ties=not has_tracers(params))
-                    part = cutter.parts(request)[k]
-                    now = _pieces(request, part)
-                if not delay:
-                    change = combine(lambda old, new: old - new, anchors[k], now)
-                    mean = synchronise(change, group, replace(settings(k, weight), donate=True), method=NAME, step=step)
+                    places_of(params, request, part, None, donate=donate and mix < 1)
+                    own = pieces_of(request, part)
+                way = travel(k, anchors[k], ties)
+                if delay:
+                    means = way.land(sent, kept, step, traced=traced)
+                    mean = in_place_of(anchors[k], means)
+                    sent, kept = pack([], sent), kept if is_local(group) else kept_weight(None, kept)
                 else:
-                    forms = forms_of(_local(anchor.leaves))
-                    means = unpack(sent, forms)
-                    if is_local(group):
-                        pass  # they are
-                    elif has_tracers((sent, kept)):
-                        landed = _in_a_program(sent, kept, partial(_land_there, forms, group, settings(k, None)))
-                        means = unpack(landed, forms)
-                    else:
-                        means = land(list(sent.values()), means, group, settings(k, _weight_of(kept)))
-                    mean = anchor.rebuild([_as(leaf, value) for leaf, value in zip(anchor.leaves, means, strict=True)])
+                    change = tied(combine(lambda old, new: old - new, anchors[k], own), ties)
+                    now = replace(way.options, weight=weight, donate=donate or not ties)
+                    mean = synchronise(change, group, now, method=f"{NAME}, fragment {k} of {count}", step=step)
+                    means = list(flatten(mean).leaves)
+                ties = agreed_ties(ties, means)
                 changed, memory = optimizer.step(mean, memories[k], anchors[k])
                 anchors = (*anchors[:k], changed, *anchors[k + 1 :])
                 memories = (*memories[:k], memory, *memories[k + 1 :])
                 if mix < 1:
                     values = flatten(changed).leaves
                     if mix:
-                        values = [_mixed(mix, *pair) for pair in zip(values, flatten(now).leaves, strict=True)]
-                    params = _written(params, request, part, values, donate=donate)
+                        values = [mixed(mix, *pair) for pair in zip(values, flatten(own).leaves, strict=True)]
+                    target = places_of(params, request, part, ties, donate=donate)
+                    params = with_values(target, values, ties, [piece.place for piece in part])
                 return params, anchors, memories, sent, kept
 
             return run
 
         def take_anchors(everything: Any) -> Any:
             params = everything[0]
-            return params, *begun(anchors_at(step, params, weight))
+            return params, *anchored(step, params, weight)
+
+        def of_fragment(k: int, params: Any) -> tuple[Request, list[Piece], dict[int, int]]:
+            request = described(params, where, ties=not traced)
+            return request, cut.parts[k], ties_of(request, cut.parts[k])
 
         with without_grad():
-            index = _index(step, warmup, happens, 2 * count + 1)
-            with failing_everywhere(group, options, others_wait=index):
-                request = described(params, where, ties=not has_tracers(params))
-                cutter.check(state.anchor, request)
-            if in_background and not has_tracers((params, state.sent)):
-                going_on(step, state)
-            branches = [
-                lambda everything: everything,
-                *map(send, range(count)),
-                *map(apply, range(count)),
-                take_anchors,
-            ]
+            again = None if traced or is_local(group) or not delay else table.under_way(int(step))
+            if again and not travel(again[0]).lost(state.sent, state.weight, again[1]):
+                again = None
+            with failing_everywhere(group, options, others_wait=True if again else index):
+                request = described(params, where, ties=not traced)
+                cut = cutter.cut(state.anchor, state.sent if delay else None, request)
+            if again:
+                k, begun = again
+                way = travel(k, state.anchor[k], ties_of(request, cut.parts[k]))
+                way.begin(state.sent, state.weight, begun, traced=False)
+            idle: Callable[[Any], Any] = lambda everything: everything  # noqa: E731
+            sends = map(send, range(count)) if delay else [idle] * count
+            branches = [idle, *sends, *map(apply, range(count)), take_anchors]
             everything = choose(index, branches[: None if warmup else -1], (params, *state[1:]))
             return everything[0], StreamingState(step + 1, *everything[1:])
 
-    def going_on(step: Any, state: StreamingState) -> None:
-        """Begin again what was under way when a state was saved."""
-        phase = (int(step) - warmup) % period
-        for k in range(count if step >= warmup else 0):
-            own = (k + 1) * period // count - 1
-            if own - delay < phase < own and not is_under_way(list(state.sent.values()), group):
-                pieces = unpack(state.sent, forms_of(_local(flatten(state.anchor[k]).leaves)))
-                begin(list(state.sent.values()), pieces, group, settings(k, _weight_of(state.weight)))
-
     return Averager(init, update)
-
-
-def _index(step: Any, warmup: int, happens: Sequence[int], anchors: int) -> Any:
-    """Return what happens after a step, as `events` numbers it; ``anchors`` where they are taken."""
-    if isinstance(step, int):
-        return happens[(step - warmup) % len(happens)] if step >= warmup else anchors if step == warmup - 1 else 0
-    import jax
-
-    now = jax.numpy.asarray(happens)[(step - warmup) % len(happens)]
-    return jax.numpy.where(step >= warmup, now, jax.numpy.where(step == warmup - 1, anchors, 0))
-
-
-class _Cutter:
-    """Cuts trees into fragments; remembers how, and which trees it has seen to be those of ``init``."""
-
-    def __init__(self, fragments: Fragments) -> None:
-        self._fragments = fragments
-        self._known: dict[Any, list[list[Piece]]] = {}
-        self._checked: set[Any] = set()
-
-    def parts(self, request: Request) -> list[list[Piece]]:
-        """Return the pieces of each fragment."""
-        layout = layout_of(request)
-        key = layout, tuple(request.ties.items())
-        if key not in self._known:
-            if len(self._known) >= 8:
-                self._known.clear()
-            names = {i: layout.name(i) for i in range(len(layout.averaged)) if i not in request.ties}
-            if isinstance(self._fragments, int):
-                self._known[key] = cut_by_number([*map(_size_of, request.leaves)], self._fragments, list(names))
-            else:
-                of_leaves = paths(request.flat.spec)
-                averaged = [of_leaves[position] for position in layout.averaged]
-                self._known[key] = cut_by_paths(averaged, self._fragments, names)
-        return self._known[key]
-
-    def check(self, anchors: Any, request: Request) -> None:
-        """Raise ValueError if anchors are not those of a tree."""
-        found = layout_of(described(anchors))
-        key = found, layout_of(request), tuple(request.ties.items())
-        if key not in self._checked:
-            expected = tuple(_pieces(request, part) for part in self.parts(request))
-            check_same_tree(found, layout_of(described(expected)), NAME)
-            if len(self._checked) >= 8:
-                self._checked.clear()
-            self._checked.add(key)
-
-
-def _size_of(leaf: Any) -> Size:
-    shape = np.shape(leaf)
-    nbytes = int(np.prod(shape, dtype=np.int64)) * getattr(getattr(leaf, "dtype", None), "itemsize", 8)
-    rows = shape[0] if shape and not is_dtensor(leaf) else 1
-    return Size(rows, nbytes // max(rows, 1))
-
-
-def _pieces(request: Request, part: Sequence[Piece]) -> Any:
-    """Return the tree with a fragment's rows in their places, and None elsewhere."""
-    leaves, positions = request.leaves, layout_of(request).averaged
-    values: list[Any] = [None] * len(request.flat.leaves)
-    for piece in part:
-        leaf = leaves[piece.leaf]
-        values[positions[piece.leaf]] = piece.of(leaf.detach() if hasattr(leaf, "detach") else leaf)
-    return request.flat.rebuild(values)
-
-
-def _of_its_own(tree: Any) -> Any:
-    """Return a tree of which no leaf is a part of a larger array, all of which would be kept, and saved, for it."""
-
-    def owned(leaf: Any) -> Any:
-        if hasattr(leaf, "_is_view"):
-            return leaf.clone() if leaf._is_view() else leaf
-        return leaf.copy() if isinstance(leaf, np.ndarray) and leaf.base is not None else leaf
-
-    return combine(owned, tree)
-
-
-def _local(leaves: Sequence[Any]) -> list[Any]:
-    """Return leaves as they lie in this process."""
-    return [leaf.to_local() if is_dtensor(leaf) else leaf for leaf in leaves]
-
-
-def _as(leaf: Any, value: Any) -> Any:
-    """Return a mean that has come back in the place of a leaf: of its kind, and where it is."""
-    if is_dtensor(leaf):
-        return wrap_local_tensor(leaf, value.to(leaf.device))
-    if hasattr(value, "to") and hasattr(leaf, "device"):
-        return value.to(leaf.device)
-    return value if hasattr(leaf, "shape") and not isinstance(leaf, np.generic) else type(leaf)(value[()])
-
-
-def _kept(weight: Any, before: Any) -> Any:
-    """Return a weight as a state keeps it: NaN if there is none."""
-    number = np.nan if weight is None else weight
-    if has_tracers((number, before)):
-        import jax
-
-        return jax.numpy.asarray(number, before.dtype)
-    return float(number)
-
-
-def _weight_of(kept: Any) -> Any:
-    """Return the weight that a state keeps."""
-    return None if np.isnan(kept) else float(kept)
-
-
-# In a program of JAX's, the two halves are two callbacks. They get arrays that are XLA's.
-
-
-def _in_a_program(sent: dict[str, Any], weight: Any, do: Callable[[dict[str, Any], float], Any]) -> dict[str, Any]:
-    """Let ``do(vectors, weight)`` be done when the program runs, and return the vectors that it returns."""
-    kinds = list(sent)
-
-    def there(vectors: Sequence[Any], number: float) -> list[Any]:
-        return list(do(dict(zip(kinds, vectors, strict=True)), number).values())
-
-    return dict(zip(kinds, do_in_order(there, list(sent.values()), weight, NAME), strict=True))
-
-
-def _begin_there(forms: Sequence[Form], group: Any, options: Options, vectors: dict[str, Any], weight: float) -> Any:
-    own = {kind: np.array(vector) for kind, vector in vectors.items()}
-    begin(list(own.values()), unpack(own, forms), group, replace(options, weight=_weight_of(weight)))
-    return own
-
-
-def _land_there(forms: Sequence[Form], group: Any, options: Options, vectors: dict[str, Any], weight: float) -> Any:
-    now = replace(options, weight=_weight_of(weight))
-    means = land(list(vectors.values()), unpack(vectors, forms), group, now)
-    results = {kind: np.zeros_like(vector) for kind, vector in vectors.items()}
-    for place, mean in zip(unpack(results, forms), means, strict=True):
-        place[...] = mean
-    return results
-
-
-def _mixed(mix: float, synchronised: Any, own: Any) -> Any:
-    """Return ``(1 - mix) synchronised + mix own``, of 16 bits by way of float32: rounded once."""
-    one, other = _wide(synchronised), _wide(own)
-    mean = one + mix * (other - one) if mix <= 0.5 else other + (1 - mix) * (one - other)
-    dtype = getattr(synchronised, "dtype", None)
-    if dtype is None or mean.dtype == dtype:
-        return mean
-    return mean.to(dtype) if hasattr(mean, "to") else mean.astype(dtype)
-
-
-def _wide(leaf: Any) -> Any:
-    if getattr(getattr(leaf, "dtype", None), "itemsize", 8) > 2:
-        return leaf
-    return leaf.float() if hasattr(leaf, "float") else leaf.astype(np.float32)
-
-
-def _written(params: Any, request: Request, part: Sequence[Piece], values: Sequence[Any], *, donate: bool) -> Any:
-    """Return the tree with a fragment's new values, in memory of their own: donated, or new."""
-    of_leaf = {piece.leaf: (value, piece.rows) for piece, value in zip(part, values, strict=True)}
-    for tied_one, first in request.ties.items():
-        if first in of_leaf:
-            of_leaf[tied_one] = of_leaf[first]
-    positions = layout_of(request).averaged
-    chosen = sorted(of_leaf)
-    only = frozenset(positions[i] for i in chosen)
-    fragment = described(params, only=only, donate=donate, ties=not has_tracers(params))
-    return with_values(fragment, [of_leaf[i][0] for i in chosen], fragment.ties, [of_leaf[i][1] for i in chosen])

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers.frameworks import torch
+from helpers.frameworks import jax, jnp, torch
 from helpers.processes import interruptible
 
 from funcavg import PeerLostError, TreeMismatchError, average, start_average
@@ -129,6 +129,18 @@ def test_in_inference_mode():
             return result is leaf, leaf.tolist(), start_average(leaf, group).wait().is_inference()
 
     assert run_ranks(2, fn) == [(True, [0.5] * 3, True)] * 2
+
+
+def test_where_jax_has_float64():
+    """As it may in the caller's thread alone."""
+
+    def fn(group):
+        with jax.enable_x64(True):
+            leaf = jnp.full(3, 1 / 3 + group.rank)
+            result = start_average({"w": leaf}, group).wait()["w"] + leaf
+            return result.dtype, float(result[0])
+
+    assert run_ranks(2, fn) == [(np.float64, 1 / 3 + 0.5 + 1 / 3 + rank) for rank in range(2)]
 
 
 def test_a_wait_that_is_interrupted_can_be_repeated():

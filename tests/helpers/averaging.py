@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from funcavg import diloco, hierarchical, periodic
+from funcavg import diloco, hierarchical, periodic, streaming_diloco
 from helpers.frameworks import jax, torch
 
 RATE = 0.125
@@ -36,6 +36,10 @@ METHODS = {
         lambda g: hierarchical({2: 1, 4: 2}, warmup=3, group=g), lambda g: hierarchical({1: g}, group=g)
     ),
     "diloco": Method(lambda g: diloco(3, warmup=2, group=g), lambda g: diloco(1, group=g)),
+    "streaming": Method(
+        lambda g: streaming_diloco(6, fragments=2, delay=2, mix=0.25, warmup=2, group=g),  # after 6, one is under way
+        lambda g: streaming_diloco(1, fragments=1, group=g),
+    ),
 }
 
 
@@ -86,7 +90,7 @@ def mean(rows: list[np.ndarray], weights: list[float] | None = None) -> np.ndarr
 def local_step(thetas: list[np.ndarray], *, synchronous: bool) -> list[np.ndarray]:
     grads = [gradient(theta, i) for i, theta in enumerate(thetas)]
     if synchronous:
-        grads = [mean(grads)] * SIZE
+        grads = [mean(grads)] * len(thetas)
     return [theta - RATE * grad for theta, grad in zip(thetas, grads, strict=True)]
 
 
@@ -113,5 +117,50 @@ def local_training_and(outer: Any, steps: int, period: int, warmup: int = 0, wei
             delta = mean([anchor - theta for theta in thetas], weights)
             anchor, memory = outer(anchor, delta, memory)
             thetas = [anchor] * SIZE
+        paths.append(thetas)
+    return [np.stack(path) for path in zip(*paths, strict=True)]
+
+
+class Streaming(NamedTuple):
+    """Settings of streaming DiLoCo."""
+
+    period: int
+    fragments: int  # of the four numbers, in order, as many each
+    delay: int = 0
+    mix: float = 0.0
+    warmup: int = 0
+    weights: Any = None
+
+    def averager(self, group: Any, **options: Any) -> Any:
+        chosen = {"fragments": self.fragments, "delay": self.delay, "mix": self.mix, "warmup": self.warmup}
+        return streaming_diloco(self.period, **chosen | options, group=group)
+
+
+def streaming(outer: Any, steps: int, size: int, settings: Streaming) -> list[np.ndarray]:
+    """Streaming DiLoCo, from its equations: fragment k is sent after step a_k - tau of a period, applied after a_k."""
+    period, fragments, delay, mix, warmup, weights = settings
+    thetas, paths = STARTS[:size], []
+    anchor, sent = mean(thetas), None
+    parts = np.split(np.arange(4), fragments)
+    memories = [np.zeros(len(part)) for part in parts]
+    for t in range(1, steps + 1):
+        thetas = local_step(thetas, synchronous=t <= warmup)
+        if t == warmup:
+            anchor = mean(thetas, weights)
+        for k, part in enumerate(parts):
+            own = (k + 1) * period // fragments + warmup
+            if t >= own - delay and (t - own + delay) % period == 0:
+                sent = mean([anchor[part] - theta[part] for theta in thetas], weights)
+            if t >= own and (t - own) % period == 0:
+                anchor, thetas = anchor.copy(), [theta.copy() for theta in thetas]
+                anchor[part], memories[k] = outer(anchor[part], sent, memories[k])
+                for theta in thetas:
+                    new, old = anchor[part], theta[part]
+                    if mix == 0:
+                        theta[part] = new
+                    elif mix <= 0.5:
+                        theta[part] = new + mix * (old - new)
+                    else:
+                        theta[part] = old + (1 - mix) * (new - old)
         paths.append(thetas)
     return [np.stack(path) for path in zip(*paths, strict=True)]

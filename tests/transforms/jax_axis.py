@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from funcavg import average, broadcast, should_average, start_average
+from funcavg import average, broadcast, should_average, start_average, streaming_diloco
 from funcavg.collectives import Solo
 
 P = jax.P
@@ -119,6 +119,21 @@ both = jax.shard_map(lambda x: average(x, ("a", "b")), mesh=MESH_2D, in_specs=P(
 np.testing.assert_allclose(both(ROWS), [MEAN, MEAN])
 replicated = jax.shard_map(lambda x: average(x, "d"), mesh=MESH, in_specs=P(), out_specs=P())
 np.testing.assert_array_equal(replicated(ROWS), ROWS)
+
+# An averager whose state is of one kind at every step, whatever is under way.
+averager = streaming_diloco(3, fragments=1, delay=1, mix=0.25, group="d")
+
+
+def training(row):
+    def step(carry, _):
+        params, state = averager.update(0.5 * carry[0] + 1, carry[1])
+        return (params, state), params
+
+    return lax.scan(step, (row, averager.init(row)), length=7)[1]
+
+
+wanted = jax.jit(jax.vmap(training, axis_name="d"))(ROWS)
+np.testing.assert_allclose(under_jit(lambda rows: training(rows[0])[None])(ROWS), wanted, rtol=1e-6)
 
 # A group of processes, in a program for both devices: it is called once, with whole arrays.
 whole = jax.device_put(ROWS, jax.sharding.NamedSharding(MESH, P("d")))

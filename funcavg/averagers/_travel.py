@@ -1,0 +1,130 @@
+"""How a fragment's changes travel, where there is a delay: begun in one update, and waited for in a later one.
+
+In a program of JAX's the two halves are two callbacks, which get arrays that are XLA's. Over axes and stacked replicas
+the mean is taken when the fragment is sent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from funcavg._transforms import do_in_order
+from funcavg._trees import Options, check_weight, flatten, is_dtensor, is_jax, wrap_local_tensor
+from funcavg.averagers._base import is_local
+from funcavg.averagers._flights import begin, is_under_way, land
+from funcavg.averagers._outer_step import has_tracers
+from funcavg.averagers._packing import Form, unpack
+
+__all__ = ["Travel", "in_place_of", "kept_weight"]
+
+Vectors = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Travel:
+    """The way of one fragment."""
+
+    who: str
+    group: Any
+    options: Options  # about this fragment
+    delay: int
+    forms: Sequence[Form]  # of its leaves, none of which may be kept: programs are
+    ties: Mapping[int, int]  # which of them are others again, and need not travel
+
+    def lost(self, sent: Vectors, kept: Any, step: int) -> bool:
+        """Say whether it must be begun again, who was sent after a step: this is another process than then."""
+        return not is_under_way(list(sent.values()), self.group, self.options_at(kept, step))
+
+    def begin(self, sent: Vectors, kept: Any, step: Any, *, traced: bool) -> Vectors:
+        """Begin, in the update of this step. Return what is sent."""
+        if traced:
+            return self._in_a_program(self._begin_there, sent, kept, step)
+        self._begin(sent, kept, step)
+        return sent
+
+    def land(self, sent: Vectors, kept: Any, step: Any, *, traced: bool) -> list[Any]:
+        """Return the means of its leaves, in the update of this step."""
+        if is_local(self.group):
+            return self._pieces(sent)  # they are what has been sent
+        if traced:
+            return self._pieces(self._in_a_program(self._land_there, sent, kept, step))
+        return self._land(sent, kept, step)
+
+    def options_at(self, kept: Any, sent_at: int) -> Options:
+        """Return what all ranks must ask for: the fragment of one step, each with the weight that it had then."""
+        weight = None if math.isnan(kept) else float(kept)
+        return replace(self.options, weight=weight, about=f"{self.options.about}, sent at step {sent_at}")
+
+    def _begin(self, sent: Vectors, kept: Any, step: Any) -> None:
+        begin(list(sent.values()), self._on_host(sent), self.group, self.options_at(kept, int(step)), self.who)
+
+    def _land(self, sent: Vectors, kept: Any, step: Any) -> list[Any]:
+        now = self.options_at(kept, int(step) - self.delay)
+        name = self.options.about.partition(",")[0]
+        what = f"{self.who}, {name}: step {int(step)}"
+        return land(list(sent.values()), self._on_host(sent), self.group, now, what)
+
+    def _on_host(self, vectors: Vectors) -> list[Any]:
+        """Return the pieces where they can travel while an accelerator computes, and in a thread that calls no JAX."""
+        return self._pieces(
+            {kind: np.asarray(vector) if is_jax(vector) else vector for kind, vector in vectors.items()}
+        )
+
+    def _pieces(self, vectors: Vectors) -> list[Any]:
+        pieces = unpack(vectors, self.forms)
+        return [pieces[self.ties.get(i, i)] for i in range(len(pieces))]
+
+    def _in_a_program(self, do: Callable[..., Vectors], sent: Vectors, kept: Any, step: Any) -> Vectors:
+        import jax
+
+        kinds = list(sent)
+
+        def there(arrays: Sequence[Any], weight: float) -> list[Any]:
+            *vectors, now = arrays
+            return [*do(dict(zip(kinds, vectors, strict=True)), weight, int(now)).values(), now]
+
+        arrays = [*map(jax.numpy.asarray, sent.values()), jax.numpy.asarray(step, jax.numpy.int32)]
+        return dict(zip(kinds, do_in_order(there, arrays, kept, self.who), strict=False))
+
+    def _begin_there(self, sent: Vectors, kept: float, step: int) -> Vectors:
+        own = {kind: np.array(vector) for kind, vector in sent.items()}
+        self._begin(own, kept, step)
+        return own
+
+    def _land_there(self, sent: Vectors, kept: float, step: int) -> Vectors:
+        results = {kind: np.zeros_like(vector) for kind, vector in sent.items()}
+        for place, mean in zip(unpack(results, self.forms), self._land(sent, kept, step), strict=True):
+            place[...] = mean
+        return results
+
+
+def in_place_of(anchor: Any, means: Sequence[Any]) -> Any:
+    """Return means that have come back as a tree like an anchor: of its kinds, and where it is."""
+    flat = flatten(anchor)
+    return flat.rebuild([_as(leaf, mean) for leaf, mean in zip(flat.leaves, means, strict=True)])
+
+
+def _as(leaf: Any, value: Any) -> Any:
+    if is_jax(leaf):
+        import jax
+
+        return jax.numpy.asarray(value)
+    if is_dtensor(leaf):
+        return wrap_local_tensor(leaf, value.to(leaf.device))
+    if hasattr(value, "to") and hasattr(leaf, "device"):
+        return value.to(leaf.device)
+    return value if hasattr(leaf, "shape") and not isinstance(leaf, np.generic) else type(leaf)(value[()])
+
+
+def kept_weight(weight: Any, before: Any) -> Any:
+    """Return a weight as a state keeps it, NaN if there is none; or raise what is wrong with it."""
+    if not has_tracers((weight, before)):
+        return np.nan if weight is None else check_weight(weight)
+    import jax
+
+    return jax.numpy.asarray(np.nan if weight is None else weight, getattr(before, "dtype", float))
