@@ -29,7 +29,7 @@ import torch.distributed as dist
 from funcavg import PeerLostError, average, broadcast
 from funcavg._engine import kernel_in_use
 from funcavg.testing import run_ranks
-from funcavg.wires import NAMES
+from funcavg.wires.codecs import NAMES
 
 LINK = "slow0"  # the interface of either host
 COUNTER = f"/sys/class/net/{LINK}/statistics/tx_bytes"

@@ -43,16 +43,7 @@ class Options:
         """What all ranks must have asked for."""
         if self.root is not None:
             return f"{self.purpose} from rank {self.root}"
-        if self.exactly:
-            return self.purpose
-        weight = "without weight" if self.weight is None else "with a weight"
-        return f"{weight}, {'without wire' if self.wire is None else f'wire {self.wire_name}'}"
-
-    @property
-    def wire_name(self) -> str:
-        """What the wire is called; of one that has no name, its type."""
-        named = self.wire if isinstance(self.wire, str) else getattr(self.wire, "name", type(self.wire).__name__)
-        return str(named)
+        return self.purpose if self.exactly else "without weight" if self.weight is None else "with a weight"
 
     def checked(self, who: str) -> Options:
         """Raise what is wrong with the timeout, on this rank: there is no telling how long the others would wait."""

@@ -220,7 +220,7 @@ def synchronise(tree: T, group: Any, options: Options, *, method: str, step: Any
         method,
         int(step),
         leaves,
-        "" if options.wire is None else f" over wire {options.wire_name}",
+        "" if options.wire is None else f" over wire {getattr(options.wire, 'name', options.wire)}",
         getattr(collective, "bytes_sent", 0) - sent,
         seconds,
     )

@@ -97,7 +97,7 @@ def diloco(  # noqa: PLR0913  # public: its options are keywords
 
     Raises:
         TypeError, ValueError: If an argument is no good. On this rank.
-        ValueError: From ``update``, if the averaged leaves are not those of ``init`` (it names them), or one cannot be
+        ValueError: From ``init``, if there is no such wire; from ``update``, if the averaged leaves are not those of ``init`` (it names them), or one cannot be
             donated. On every rank, at steps that communicate; at others, on this rank.
 
         ``init``, and ``update`` at steps that synchronise, raise what `funcavg.average` raises.
@@ -141,13 +141,14 @@ def diloco(  # noqa: PLR0913  # public: its options are keywords
     """
     warmup, period = check_schedule(warmup, period, "diloco")
     options = Options(timeout=timeout).checked("diloco")
-    _check_wire(wire, group)
     optimizer = outer_optimizers.as_outer(outer)
 
     def init(params: Any) -> DiLoCoState:
         with without_grad():
             if not takes_part(group):
                 return DiLoCoState(0, None, None)
+            with failing_everywhere(group, options, others_wait=True):
+                _check_wire(wire, group)
             anchor = anchor_at(0, params)
             return DiLoCoState(0, anchor, optimizer.init(anchor))
 
@@ -198,12 +199,12 @@ def _check_wire(wire: Any, group: Any) -> None:
         return
     from funcavg.wires.codecs import codec_of
 
-    codec_of(wire)
     if is_local(group):
         raise ValueError(
             f"diloco: wire={wire!r} is for groups of processes or threads, got group={group!r}: over an axis, and of "
             f"stacked replicas, nothing is encoded. Leave wire out."
         )
+    codec_of(wire)
 
 
 def _averaged_part(request: Request) -> Any:

@@ -12,8 +12,7 @@ from helpers.kernels import LEVELS, library_or_skip, using
 
 from funcavg._engine import coders, kernel
 from funcavg._engine.coders import coder_of
-from funcavg.wires import NAMES
-from funcavg.wires.codecs import codec_of
+from funcavg.wires.codecs import NAMES, codec_of
 from funcavg.wires.rotated import signs
 
 FOLDER = Path(kernel.__file__).parent

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from helpers.frameworks import torch
 
-from funcavg.wires import NAMES
-from funcavg.wires.codecs import BITS, codec_of
+from funcavg.wires.codecs import BITS, NAMES, codec_of
 from funcavg.wires.rotated import CENTROIDS, signs, thresholds
 
 FLOAT = np.finfo(np.float32)
