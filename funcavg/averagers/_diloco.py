@@ -97,8 +97,9 @@ def diloco(  # noqa: PLR0913  # public: its options are keywords
 
     Raises:
         TypeError, ValueError: If an argument is no good. On this rank.
-        ValueError: From ``init``, if there is no such wire; from ``update``, if the averaged leaves are not those of ``init`` (it names them), or one cannot be
-            donated. On every rank, at steps that communicate; at others, on this rank.
+        ValueError: From ``init``, if there is no such wire; from ``update``, if the averaged leaves are not those of
+            ``init`` (it names them), or one cannot be donated. On every rank, at steps that communicate; at others, on
+            this rank.
 
         ``init``, and ``update`` at steps that synchronise, raise what `funcavg.average` raises.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import zlib
 from collections.abc import Callable, Sequence
@@ -12,7 +13,14 @@ import numpy.typing as npt
 
 from funcavg.wires.blocks import Blocks, cut
 from funcavg.wires.rotated import from_rotated, to_rotated
-from funcavg.wires.rounded import from_bfloat16, from_int8, to_bfloat16, to_int8
+from funcavg.wires.rounded import (
+    from_bfloat16,
+    from_int8,
+    from_themselves,
+    to_bfloat16,
+    to_int8,
+    to_themselves,
+)
 
 __all__ = ["BITS", "NAMES", "Codec", "Coder", "codec_of"]
 
@@ -64,6 +72,17 @@ class Codec:
         return ENCODED.get(element, 0) > self.bits
 
 
+def _quietly(method: Callable[..., None]) -> Callable[..., None]:
+    """Let a method round, overflow and divide whatever a user wants NumPy to raise."""
+
+    @functools.wraps(method)
+    def quiet(*args: Any, **kwargs: Any) -> None:
+        with np.errstate(all="ignore"):
+            method(*args, **kwargs)
+
+    return quiet
+
+
 class _Bfloat16(Coder):
     def __init__(self, pieces: Pieces) -> None:
         super().__init__(pieces)
@@ -86,19 +105,25 @@ class _Scaled(Coder):
     def _chunks(self) -> Sequence[Blocks]:
         return [chunk for kind in self._kinds for chunk in kind.chunks()]
 
+    @_quietly
     def encode(self, numbers: Floats, code: Bytes, *, mean: bool) -> None:
         for blocks in self._chunks():
             given = blocks.numbers_of(numbers)
-            written = to_rotated(given, blocks.bits, mean=mean) if blocks.rotates else to_int8(given)
+            if blocks.rotates:
+                written = to_rotated(given, blocks.bits, mean=mean)
+            else:
+                written = to_int8(given) if blocks.bits else to_themselves(given)
             blocks.put_code(code, *written)
 
+    @_quietly
     def decode(self, code: Bytes, numbers: Floats, limit: float, *, mean: bool) -> None:
         for blocks in self._chunks():
             scales, integers = blocks.code_of(code)
             if blocks.rotates:
-                blocks.put_numbers(numbers, from_rotated(scales, integers, blocks.bits, limit, mean=mean))
+                decoded = from_rotated(scales, integers, blocks.bits, limit, mean=mean)
             else:
-                blocks.put_numbers(numbers, from_int8(scales, integers, limit))
+                decoded = from_int8(scales, integers, limit) if blocks.bits else from_themselves(scales, limit)
+            blocks.put_numbers(numbers, decoded)
 
 
 class _Own(Coder):
@@ -201,7 +226,7 @@ def _tried(own: Any) -> Codec:
     Else ranks whose codecs have one name, and other settings, would decode other means.
     """
     checksum, nbytes = 0, 0
-    for length in (7, TRIED):
+    for length in (7, 1, TRIED):
         mixed = np.arange(length, dtype=np.uint64) * 2654435761 % (1 << 20)
         numbers = mixed.astype(np.float32) / np.float32(1 << 17) - np.float32(4)  # exactly: the same on every machine
         nbytes = len(_encoded(own, np.zeros(length, np.float32)))

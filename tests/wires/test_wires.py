@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import os
+import threading
 
 import ml_dtypes
 import numpy as np
@@ -13,7 +14,7 @@ from helpers.kernels import PYTHON, library_or_skip, using
 from helpers.processes import run_processes
 
 import funcavg
-from funcavg import PeerLostError, TreeMismatchError, average, start_average
+from funcavg import PeerLostError, TreeMismatchError, _points, average, start_average
 from funcavg._engine.buckets import Slots, bucket_bytes, host_memory, make_plan
 from funcavg._engine.codes import codes_of
 from funcavg._trees import Options, flatten, make_request
@@ -87,6 +88,19 @@ def test_a_resnet_takes_the_bytes_of_the_table(wire, size):
     codes = codes_of(codec_of(wire), plan, range(size))
     assert len(codes) == len(plan)
     assert size * sum(code.width for code in codes.values()) <= 1.06 * BYTES[wire] * sum(map(math.prod, shapes))
+
+
+@pytest.mark.parametrize("wire", NAMES)
+def test_numbers_alone_cost_no_more_than_without(wire):
+    tree = [np.float32(k) / 3 for k in range(400)]
+
+    def sent(group, wire):
+        result = average(tree, group, wire=wire)
+        if wire != "bfloat16":
+            assert result == tree  # they are their own code
+        return group.bytes_sent
+
+    assert max(run_ranks(2, lambda group: sent(group, wire))) <= max(run_ranks(2, lambda group: sent(group, None)))
 
 
 @pytest.mark.parametrize("wire", NAMES)
@@ -271,6 +285,36 @@ def test_weights(wire):
     assert error_of(results[0], rows, weights) <= 1.4 * GAUSS[wire]  # of fewer than 2 ranks
 
 
+def test_a_rank_of_weight_0_encodes_nothing_of_its_leaves():
+    class Finite:
+        name = "finite"
+
+        def encode(self, numbers):
+            assert np.isfinite(numbers).all()
+            return numbers.astype(np.float16).view(np.uint8)
+
+        def decode(self, code, length):
+            return code.view(np.float16).astype(np.float32)
+
+    def weighted(group):
+        row = gauss(1) if group.rank else np.full(5000, np.nan, np.float32)
+        return average(row, group, wire=Finite(), weight=float(group.rank))
+
+    one, other = run_ranks(2, weighted)
+    assert one.tobytes() == other.tobytes()
+
+
+def test_whatever_numpy_is_told_to_raise():
+    rows = [gauss(rank) * np.float32(scale) for rank in range(2) for scale in (1, 1e-38)]
+    with using(None):
+
+        def strict(group):
+            with np.errstate(all="raise"):
+                return [average(row, group, wire=w) for w in NAMES for row in rows[2 * group.rank :][:2]]
+
+        run_ranks(2, strict)
+
+
 @pytest.mark.parametrize("wire", NAMES)
 def test_donation_ties_start_average_and_inputs(wire):
     def call(group):
@@ -423,6 +467,28 @@ def test_the_same_bits_with_the_kernel_and_without_under_autocast_and_with_less_
     assert len({bits for ranks in found.values() for bits in ranks}) == 1
 
 
+def narrow_tree(rank):
+    """bfloat16 and float16 leaves with what roundings differ about: NaN, denormal numbers, ties."""
+    row = gauss(rank, 4096)
+    row[5], row[1500:2500] = np.nan, row[1500:2500] * np.float32(1e-38)
+    return {"b": row.astype(ml_dtypes.bfloat16), "h": (gauss(rank, 4096) * np.float32(1e-5)).astype(np.float16)}
+
+
+def narrow_bits(rank, off):
+    os.environ["FUNCAVG_NODE"] = "off"
+    if rank == off:
+        os.environ["FUNCAVG_KERNEL"] = "off"
+        torch.set_flush_denormal(True)
+    group = dist.new_group()
+    return [bits_of(average(narrow_tree(rank), group, wire=wire)) for wire in NAMES[1:]]
+
+
+@pytest.mark.parametrize("off", [0, 1])
+def test_narrow_leaves_have_the_same_bits_whatever_a_rank_calculates_with(off):
+    one, other = run_processes(2, narrow_bits, off)
+    assert one == other
+
+
 def test_frameworks_meet():
     def call(group):
         row = gauss(group.rank, 3000)
@@ -525,19 +591,30 @@ def test_transfers_that_are_late_see_codes_only(donate):
     assert run_ranks(2, lambda group: call(group, late=True)) == run_ranks(2, lambda group: call(group, late=False))
 
 
-def test_a_rank_that_is_lost_in_the_middle_leaves_leaves_as_they_are():
+@pytest.mark.parametrize("point", ["arrived", "reduced"])
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_rank_that_is_lost_in_the_middle_leaves_leaves_as_they_are(monkeypatch, point, donate):
+    doomed, passed = [], []
+
+    def reached(where, number=0):
+        passed.append(where)
+        if where == point and number == 1 and threading.get_ident() in doomed:
+            raise OSError("lost")
+
+    monkeypatch.setattr(_points, "reached", reached)
+
     def lose(group):
         if group.rank == 2:
-            group.abort()
-            return None
-        given = tree_of(group.rank)
+            doomed.append(threading.get_ident())
+        given = {"large": gauss(group.rank, 3_000_000), "small": gauss(group.rank, 70)}
         before = bits_of(given)
-        with pytest.raises(PeerLostError):
-            average(given, group, wire="int4", timeout=5)
-        assert bits_of(given) == before
+        with pytest.raises((PeerLostError, OSError)):
+            average(given, group, wire="int4", timeout=5, donate=donate)
+        assert donate or bits_of(given) == before
         return True
 
-    assert run_ranks(3, lose) == [True, True, None]
+    assert run_ranks(3, lose) == [True] * 3
+    assert "copied_in" in passed
 
 
 def test_wires_are_not_imported_before_they_are_used():
