@@ -1,12 +1,21 @@
-"""Five ways to train a language model on several workers: how well each one learns, and how much it sends for that.
+r"""Ways to train a language model on several workers: how well each one learns, and how much it sends for that.
 
 Every method is an averager, and all go through the loop in `train`: the same steps, text and optimizer, Adam.
 
-    python examples/compare_methods.py                          starts four workers of its own, and takes minutes
+    python examples/compare_methods.py                          starts four workers of its own, and takes half an hour
     python examples/compare_methods.py --steps 60 --seeds 1     only to see it run
 
 The learning rate is the one, of three, that is best for synchronous training: --rates 0.01 0.015 0.02 tries them again.
 The other methods take it as it is.
+
+DiLoCo sends its pseudo-gradients as a code, too: int8, int4 and int2, and int4 often, whose period of 8 steps costs as
+many bytes as 60 without a code. The outer rate and momentum of that are the best by the loss on seed 100, which is none
+of the table's. To try them again:
+
+    for rate in 0.7 1.0 1.2; do for momentum in 0 0.2 0.4; do
+        python examples/compare_methods.py --methods "DiLoCo int4 often" --first-seed 100 --seeds 1 \
+            --often-rate $rate --often-momentum $momentum
+    done; done
 """
 
 from __future__ import annotations
@@ -34,11 +43,32 @@ from funcavg.collectives import as_collective
 
 Run = dict[str, Any]  # what a training run leaves behind, for JSON
 
-SYNCHRONOUS, LOCAL, POST_LOCAL, HIERARCHICAL, DILOCO = METHODS = (
+SYNCHRONOUS, LOCAL, POST_LOCAL, HIERARCHICAL, DILOCO, INT8, INT4, INT2, OFTEN = METHODS = (
     "synchronous", "local SGD", "post-local SGD", "hierarchical SGD", "DiLoCo",
+    "DiLoCo int8", "DiLoCo int4", "DiLoCo int2", "DiLoCo int4 often",
 )  # fmt: skip
+WIRES = {INT8: "int8", INT4: "int4", INT2: "int2", OFTEN: "int4"}  # how their pseudo-gradients travel
+
+
+class Goal(NamedTuple):
+    """What a method promises, against another."""
+
+    method: str
+    base: str
+    more: float  # percent of the other's loss
+    fewer: float = 0  # times as few bytes
+
+
+GOALS = [
+    Goal(DILOCO, SYNCHRONOUS, 5, 50),
+    Goal(INT8, DILOCO, 0.1),
+    Goal(INT4, DILOCO, 0.3),
+    Goal(INT2, DILOCO, 1),
+    Goal(OFTEN, SYNCHRONOUS, 3, 57),
+]
 VALIDATION = 512  # windows
 EVERY = 60  # steps between validations
+DASHED = {INT8: "plum", INT4: "orchid", INT2: "mediumvioletred", OFTEN: "indigo"}  # of DiLoCo's kind
 LINKS = {"100 Mbit/s": 1e8, "10 Gbit/s": 1e10}  # bits in a second
 
 
@@ -62,7 +92,10 @@ def make_averager(method: str, pair: Any, args: argparse.Namespace) -> tuple[fun
         return funcavg.periodic(args.period, warmup=args.steps // 20), args.steps // 20
     if method == HIERARCHICAL:
         return funcavg.hierarchical({args.period // 4: pair, args.period: None}), 0
-    return funcavg.diloco(args.outer_period, outer=funcavg.outer.nesterov(args.outer_rate, args.outer_momentum)), 0
+    period, rate, momentum = args.outer_period, args.outer_rate, args.outer_momentum
+    if method == OFTEN:
+        period, rate, momentum = args.often_period, args.often_rate, args.often_momentum
+    return funcavg.diloco(period, outer=funcavg.outer.nesterov(rate, momentum), wire=WIRES.get(method)), 0
 
 
 def train(method: str, rate: float, seed: int, job: Job, args: argparse.Namespace) -> Run:
@@ -117,11 +150,12 @@ def work(rank: int, args: argparse.Namespace, folder: str) -> None:
     corpus = load_corpus()
     text, valid = shard(corpus.train, rank, args.workers), spread(torch.cat(corpus.valid), VALIDATION)
     pair = dist.new_subgroups(2)[0] if args.workers == 4 else None
-    plan = [(method, seed) for seed in range(args.seeds) for method in args.methods]
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    plan = [(method, seed) for seed in seeds for method in args.methods]
     tries = args.rates if len(args.rates) > 1 else []
     bar = tqdm(total=(len(tries) + len(plan)) * args.steps, unit="step", disable=rank != 0)
     job = Job(text, valid[rank :: args.workers], pair, dist.new_group(), bar)
-    tried = [train(SYNCHRONOUS, rate, 0, job, args) for rate in tries]
+    tried = [train(SYNCHRONOUS, rate, args.first_seed, job, args) for rate in tries]
     best = min(tried, key=lambda run: run["loss"])["rate"] if tried else args.rates[0]  # the same bits on every rank
     runs = [train(method, best, seed, job, args) for method, seed in plan]
     bar.close()
@@ -157,18 +191,27 @@ def report(results: dict[str, Any], args: argparse.Namespace) -> None:
         print(f"Of {HIERARCHICAL}'s bytes {100 * part:.0f} % go to the other worker of a pair, which may share a host.")
     plot(runs, args)
     print(f"Curves saved to {args.plot.resolve()}")
-    if not {SYNCHRONOUS, DILOCO} <= set(runs):
-        return
-    more, fewer = 100 * (losses[DILOCO] / losses[SYNCHRONOUS] - 1), sent[SYNCHRONOUS] / sent[DILOCO]
-    met = more <= 5 and fewer >= 50
-    verdict = (
-        f"Goal {'met' if met else 'missed'}: DiLoCo's validation loss is {abs(more):.1f} % "
-        f"{'above' if more > 0 else 'below'} that of synchronous training (goal: at most 5 % above), "
-        f"and it sends {fewer:.1f} times fewer bytes (goal: 50 times)."
-    )
-    if not met:
-        sys.exit(verdict)
-    print(verdict)
+    verdicts = [judge(goal, runs) for goal in GOALS if {goal.method, goal.base} <= set(runs)]
+    print("".join(f"Goal met: {words}\n" for met, words in verdicts if met), end="")
+    if missed := [f"Goal missed: {words}" for met, words in verdicts if not met]:
+        sys.exit("\n".join(missed))
+
+
+def judge(goal: Goal, runs: dict[str, list[Run]]) -> tuple[bool, str]:
+    """Return whether a method has kept its promise, and words. Losses are compared in pairs of the same seed."""
+    pairs = list(zip(runs[goal.method], runs[goal.base], strict=True))
+    each = [100 * (run["loss"] / base["loss"] - 1) for run, base in pairs]
+    more, error = statistics.fmean(each), statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 else 0.0
+    digits = 1 if goal.fewer else 2
+    spread = f" ± {error:.{digits}f}" if len(each) > 1 else ""
+    base = f"{SYNCHRONOUS} training" if goal.base == SYNCHRONOUS else goal.base
+    words = f"{goal.method}'s validation loss is {abs(more):.{digits}f}{spread} % "
+    words += f"{'above' if more > 0 else 'below'} that of {base} (goal: at most {goal.more} % above"
+    if not goal.fewer:
+        return more <= goal.more + 2 * error, f"{words}, or within two standard errors of that)."
+    fewer = pairs[0][1]["sent"] / pairs[0][0]["sent"]
+    words += f"), and it sends {fewer:.1f} times fewer bytes (goal: {goal.fewer} times)."
+    return more <= goal.more and fewer >= goal.fewer, words
 
 
 def plot(runs: dict[str, list[Run]], args: argparse.Namespace) -> None:
@@ -178,15 +221,16 @@ def plot(runs: dict[str, list[Run]], args: argparse.Namespace) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(11, 5), layout="constrained")
     ends = {}
     for method, each in runs.items():
-        color = f"C{METHODS.index(method)}"
+        color = DASHED.get(method, f"C{METHODS.index(method)}")
         megabytes = [sent / 1e6 for sent, _ in each[0]["curve"]]
         points = list(zip(*([loss for _, loss in run["curve"]] for run in each), strict=True))  # a loss for each seed
         means = list(map(statistics.fmean, points))
-        axes.plot(megabytes, means, ".-", color=color, label=method)
-        axes.fill_between(megabytes, list(map(min, points)), list(map(max, points)), color=color, alpha=0.2)
+        axes.plot(megabytes, means, "--" if method in DASHED else ".-", color=color, label=method)
+        if method not in DASHED:
+            axes.fill_between(megabytes, list(map(min, points)), list(map(max, points)), color=color, alpha=0.2)
         axes.plot(megabytes[-1], means[-1], "o", color=color, markersize=9)
         ends[method] = megabytes[-1], means[-1]
     if {SYNCHRONOUS, DILOCO} <= set(ends):
@@ -200,7 +244,7 @@ def plot(runs: dict[str, list[Run]], args: argparse.Namespace) -> None:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.margins(y=0.08)
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper")
     figure.savefig(args.plot, dpi=150)
     plt.close(figure)
 
@@ -211,13 +255,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, choices=(2, 3, 4), default=4, help="how many to start (default: 4)")
     parser.add_argument("--steps", type=int, default=1200, help="of each run (default: 1200)")
     parser.add_argument("--batch", type=int, default=8, help="windows of text in a step of a worker (default: 8)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default: 3)")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each method (default: 5)")
+    parser.add_argument("--first-seed", type=int, default=0, help="the others follow it (default: 0)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="(default: all, hierarchical SGD for 4 workers)")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.015], help="learning rates (default: 0.015)")
     parser.add_argument("--period", type=int, default=16, help="of all methods but DiLoCo, in steps (default: 16)")
     parser.add_argument("--outer-period", type=int, default=60, help="DiLoCo's, in steps (default: 60)")
     parser.add_argument("--outer-rate", type=float, default=1.0, help="of DiLoCo's outer optimizer (default: 1.0)")
     parser.add_argument("--outer-momentum", type=float, default=0.5, help="likewise (default: 0.5)")
+    parser.add_argument("--often-period", type=int, default=8, help=f"of {OFTEN}, in steps (default: 8)")
+    parser.add_argument("--often-rate", type=float, default=1.0, help="of its outer optimizer (default: 1.0)")
+    parser.add_argument("--often-momentum", type=float, default=0.2, help="likewise (default: 0.2)")
     parser.add_argument("--plot", type=Path, default=Path("compare_methods.png"), help="where the curves are saved")
     parser.add_argument("--save", type=Path, help="where everything measured is saved, as JSON")
     args = parser.parse_args()
@@ -225,9 +273,9 @@ def parse_arguments() -> argparse.Namespace:
     args.methods = list(dict.fromkeys(args.methods or possible))
     if not set(args.methods) <= set(possible):
         parser.error(f"{HIERARCHICAL} averages pairs and all, and needs --workers 4, got {args.workers}")
-    for name in ("steps", "batch", "seeds"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    for name, least in (("steps", 1), ("batch", 1), ("seeds", 1), ("first_seed", 0)):
+        if (value := getattr(args, name)) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     if not all(0 < rate < math.inf for rate in args.rates):
         parser.error(f"--rates must be positive, got {' '.join(map(str, args.rates))}")
     for name, path in (("plot", args.plot), ("save", args.save)):
@@ -247,6 +295,8 @@ def main() -> None:
     """Start the workers, and report what they have found."""
     args = parse_arguments()
     os.environ["OMP_NUM_THREADS"] = "1"  # workers share the cores
+    # Workers play hosts: inside one host a wire changes nothing. What they send is counted alike for all methods.
+    os.environ["FUNCAVG_NODE"] = "off"
     with tempfile.TemporaryDirectory() as folder:
         try:
             mp.spawn(work, (args, folder), args.workers)

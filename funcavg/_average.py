@@ -73,8 +73,9 @@ def average(  # noqa: PLR0913  # public: its options are keywords
         TypeError: If a leaf can be neither averaged nor passed through, or a weight is no number. On every rank
             alike, whoever made the mistake. If ``group`` is not a group: on this rank.
         ValueError: If a weight is negative or not finite, all weights are 0, a leaf cannot be donated, or there is no
-            such ``wire``; or with a ``wire`` under derivatives. On every rank alike. If ``timeout`` is not positive, or
-            with a ``wire`` over an axis or stacked replicas: on this rank.
+            such ``wire``; or with a ``wire`` under torch's derivatives. On every rank alike. If ``timeout`` is not
+            positive; or with a ``wire`` over an axis, over stacked replicas, or where JAX traces a derivative: on this
+            rank.
         PeerLostError: If a rank dies or does not come in time. On the ranks that wait for it.
         RuntimeError: If ``group=None`` under a launcher without an initialised group, or another call is under way
             on the group. On this rank.
@@ -86,7 +87,7 @@ def average(  # noqa: PLR0913  # public: its options are keywords
         ``2 B (N-1) / N`` each, in buckets of at most 16 MiB. Ranks of one host do so through shared memory
         (unless ``FUNCAVG_NODE=off``), and one of them for each shard sends on to the other hosts. The first call on a
         group gathers three times more, to find out who shares memory. With a ``wire``, ``B`` is what the code takes,
-        and leaves on an accelerator travel by way of the host.
+        and leaves on an accelerator that it encodes travel by way of the host, where there are several.
 
     Accuracy:
         ``|result - mean| ≤ ½ ulp + N u mean|x_i|`` with

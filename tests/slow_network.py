@@ -29,7 +29,7 @@ import torch.distributed as dist
 from funcavg import PeerLostError, average, broadcast, diloco, outer, streaming_diloco
 from funcavg._engine import kernel_in_use
 from funcavg.testing import run_ranks
-from funcavg.wires import NAMES
+from funcavg.wires.codecs import NAMES
 
 LINK = "slow0"  # the interface of either host
 COUNTER = f"/sys/class/net/{LINK}/statistics/tx_bytes"
@@ -340,18 +340,35 @@ def print_averages() -> None:
         print(f"| {name} | {row.seconds:.2f} | {times:.2f} | {megabytes:.1f} | {8 * megabytes / row.seconds:.0f} |")
 
 
+def crossover(rates: Sequence[float], ratios: Sequence[float]) -> str:
+    """Return up to which rate ratios are below 1, between two measured ones by interpolation over their logarithms."""
+    above = next((k for k, ratio in enumerate(ratios) if ratio > 1), None)
+    if above is None:
+        return f"more than {rates[-1]:.0f}"
+    if above == 0:
+        return f"less than {rates[0]:.0f}"
+    (low, high), (one, other) = rates[above - 1 : above + 1], ratios[above - 1 : above + 1]
+    return f"{low * (high / low) ** ((1 - one) / (other - one)):.0f}"
+
+
 def print_wires(rates: Sequence[float]) -> None:
     """Print what each wire takes at some rates, in units of a raw all-reduce of one rank on each host."""
     print(f"\nThe kernel: {kernel_in_use()}")
     print("\n| Mbit/s | ranks per host | how | seconds | × raw | MB, × raw | NMSE |\n|--:|--:|---|--:|--:|--:|--:|")
+    ratios: dict[str, list[float]] = {name: [] for name in WIRED}  # of seconds over a wire, and without, at each rate
     for rate in rates:
         with two_hosts(rate) as hosts:
-            rows = measure(hosts, [RAW, DONATED, *WIRED])
+            rows = measure(hosts, [RAW, DONATED, DONATED_OF_TWO, *WIRED])
+        for name, (count, _) in WIRED.items():
+            ratios[name].append(rows[name].seconds / rows[(DONATED, DONATED_OF_TWO)[count - 1]].seconds)
         for name, row in rows.items():
             assert row.is_right, name
             times, part = row.seconds / rows[RAW].seconds, max(row.sent) / max(rows[RAW].sent)
             error = f"{row.error:.1e}" if name in WIRED else "0"
             print(f"| {rate / 1e6:.0f} | {name} | {row.seconds:.3f} | {times:.3f} | {part:.4f} | {error} |", flush=True)
+    print("\n| ranks per host | how | faster than without up to, Mbit/s |\n|--:|---|--:|")
+    for name, found in ratios.items():
+        print(f"| {name} | {crossover([rate / 1e6 for rate in rates], found)} |")
     sizes = (2, 4, 8, 16, 32)
     print(f"\n| NMSE of the mean of N ranks | {' | '.join(f'N = {size}' for size in sizes)} |")
     print(f"|---|{'--:|' * len(sizes)}")
@@ -378,7 +395,7 @@ def main() -> None:
     if not what:
         print_averages()
     if what in ([], ["wires"]):
-        print_wires(rates or [200e6, 1e9, 5e9])
+        print_wires(rates or [200e6, 1e9, 2e9, 5e9, 10e9])
     if what in ([], ["training"]):
         print_training(*(rates or [120e6]), 7)
 

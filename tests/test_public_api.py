@@ -45,6 +45,7 @@ MODULES = {
     "outer": ["MomentumState", "Outer", "as_outer", "nesterov", "sgd"],
     "stateful": ["HierarchicalModelAverager", "ModelAverager", "PeriodicModelAverager", "PostLocalSGDOptimizer"],
     "testing": ["run_ranks"],
+    "wires": ["Wire"],
     "cli": ["main"],
 }
 

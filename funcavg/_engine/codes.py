@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from funcavg._engine.buckets import SLOTS, Bucket
 from funcavg._engine.coders import coder_of
-from funcavg._engine.mean import mean_into
 from funcavg.wires.codecs import Codec, Coder
+from funcavg.wires.rounded import to_bfloat16
 
 __all__ = ["CodeSlots", "Codes", "codes_of"]
 
@@ -35,6 +35,7 @@ class Codes:
         coder = self._coders[row]
         if coder is not None:
             coder.encode(numbers.view(np.float32), code, mean=mean)
+        code[coder.width if coder else 0 :] = 0  # memory that others have used does not travel
 
     def decode(self, row: int, code: Bytes, numbers: Bytes, *, mean: bool = False) -> None:
         """Write the row of float32 that a code says."""
@@ -51,7 +52,7 @@ class Codes:
         numbers = np.zeros(2 * rows.shape[1], np.uint8)  # of float32; padding, too, is some number
         for k, code in enumerate(codes):
             self.decode(k, code, numbers, mean=True)
-            mean_into(rows[k], [numbers], None, "float32", self.element)
+            _narrow(numbers.view(np.float32), rows[k], self.element)
 
 
 def codes_of(codec: Codec, buckets: Sequence[Bucket], rows: range) -> dict[int, Codes]:
@@ -82,20 +83,34 @@ def _pieces(bucket: Bucket, row: int) -> npt.NDArray[np.int64]:
     return pieces
 
 
+def _narrow(numbers: npt.NDArray[np.float32], out: Bytes, element: str) -> None:
+    """Round to nearest, on every rank to the same bits: whatever it has imported, and however its thread rounds."""
+    if element == "bfloat16":
+        out[...] = to_bfloat16(numbers)
+    else:
+        with np.errstate(all="ignore"):
+            out.view(np.float16)[...] = numbers
+
+
 class CodeSlots:
     """The memory of codes on their way, and of rows that they are made of; made when first needed, and kept."""
 
     def __init__(self, count: int = SLOTS) -> None:
-        self._pairs = [(np.empty(0, np.uint8), np.empty(0, np.uint8))] * count
+        self._slots = [np.empty(0, np.uint8)] * count
         self._rows = np.empty(0, np.uint8)
 
-    def lend(self, number: int, rows: int, width: int) -> tuple[Bytes, Bytes]:
-        """Return rows of ``width`` bytes for the codes that go, and then are shared; and for those that come."""
-        slot, nbytes = number % len(self._pairs), rows * width
-        if len(self._pairs[slot][0]) < nbytes:
-            self._pairs[slot] = np.empty(nbytes, np.uint8), np.empty(nbytes, np.uint8)
-        going, coming = (memory[:nbytes].reshape(rows, width) for memory in self._pairs[slot])
-        return going, coming
+    def lend(self, number: int, rows: int, width: int, spare: Bytes | None = None) -> tuple[Bytes, Bytes]:
+        """Return rows of ``width`` bytes for the codes that go, and then are shared; and for those that come.
+
+        They are in ``spare`` memory, if there is enough of it.
+        """
+        slot, nbytes = number % len(self._slots), rows * width
+        memory = spare
+        if memory is None or len(memory) < 2 * nbytes:
+            if len(self._slots[slot]) < 2 * nbytes:
+                self._slots[slot] = np.empty(2 * nbytes, np.uint8)
+            memory = self._slots[slot]
+        return memory[:nbytes].reshape(rows, width), memory[nbytes : 2 * nbytes].reshape(rows, width)
 
     def rows(self, count: int, nbytes: int) -> Bytes:
         """Return rows for the numbers of one bucket at a time."""

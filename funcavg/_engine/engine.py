@@ -22,6 +22,7 @@ from funcavg.collectives.base import Collective
 
 if TYPE_CHECKING:
     from funcavg._engine.codes import Codes
+    from funcavg.collectives.node import Node
 
 __all__ = ["carry_out", "compare", "gather", "move", "reach_agreement"]
 
@@ -190,8 +191,6 @@ def _lanes(
         kept = [i for i in kept if i not in ties]
     on_device = [i for i in kept if layout.leaves[i].device] if layout.devices else []
 
-    codec = request.codec
-
     def plan(numbers: Sequence[int], place: str, make: Callable[[list[Any]], Any]) -> Any:
         def remembered() -> tuple[Any, list[int]]:
             planned = make([(i, layout.families[i], layout.leaves[i]) for i in numbers])
@@ -205,17 +204,20 @@ def _lanes(
     def key_of(numbers: Sequence[int], *place: Any) -> Hashable:
         return layout, None if len(numbers) == len(layout.leaves) else tuple(numbers), *place
 
-    def codes(place: str, buckets: Sequence[Bucket], first: int, count: int) -> Mapping[int, Codes] | None:
-        """Return how the wire writes so many rows of each bucket, from the first on; None if there is no wire."""
+    def codes(place: str, buckets: Sequence[Bucket], rows: range) -> Mapping[int, Codes] | None:
+        """Return how the wire writes some rows of each bucket; None if there is no wire."""
         if codec is None:
             return None
         from funcavg._engine.codes import codes_of  # which calls without a wire need not import
 
-        key = key_of(kept, place, codec)
-        return session.remember(key, lambda: codes_of(codec, buckets, range(first, first + count)))
+        return session.remember(key_of(kept, place, codec), partial(codes_of, codec, buckets, rows))
 
-    on_host = codec is not None  # where a wire encodes, and where ranks know who shares a host with whom
-    if on_device and not on_host and agreement.same_places and layout.devices and hasattr(collective, "device_verbs"):
+    codec = request.codec
+    if codec is not None and _is_one_host(session.node(collective, request.options.seconds(collective))):
+        codec = None
+    if codec is not None:  # which is where the host has them, and knows who shares it
+        on_device = [i for i in on_device if not codec.encodes(layout.leaves[i].element or "")]
+    if on_device and agreement.same_places and layout.devices and hasattr(collective, "device_verbs"):
         (device,) = layout.devices
         verbs = collective.device_verbs(device.partition(":")[0])
         if verbs is not None:
@@ -227,14 +229,15 @@ def _lanes(
                     yield DeviceLane(buckets, verbs, rank, slots, natively)
                 else:
                     yield DeviceCopyLane(buckets, verbs, rank, root)
-            kept = [i for i in kept if not layout.leaves[i].device]
+            there = set(on_device)
+            kept = [i for i in kept if i not in there]
     if not kept:
         return
     node = session.node(collective, request.options.seconds(collective))
     if node is None:
         make: Any = partial(make_plan, size=collective.size, slots=session.slots(), limit=session.bucket_bytes)
         buckets = plan(kept, "cpu", make)
-        written = codes("cpu", buckets, 0, collective.size)
+        written = codes("cpu", buckets, range(collective.size))
         if root is not None:
             yield CopyLane(buckets, collective, rank, root)
         elif written is not None:
@@ -245,10 +248,15 @@ def _lanes(
             yield Lane(buckets, collective, rank)
     elif root is None:
         planned, crossing = plan(kept, "node", partial(NodePlan, node)), session.crossing(node)
-        nodes = len(node.nodes)
-        written = None if crossing is None else codes("node", planned.buckets, node.index * nodes, nodes)
+        first, nodes = node.index * len(node.nodes), len(node.nodes)
+        written = None if crossing is None else codes("node", planned.buckets, range(first, first + nodes))
         yield NodeLane(planned, node, collective, crossing, written)
     else:
         stages = StageSlots(node, root)
         make = partial(make_plan, size=node.rows, slots=stages, limit=stages.bytes)
         yield NodeCopyLane(plan(kept, f"stage of {root}", make), node, collective, root)
+
+
+def _is_one_host(node: Node | None) -> bool:
+    """Say whether all ranks are known to share a host."""
+    return node is not None and len(node.nodes) == 1

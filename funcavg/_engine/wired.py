@@ -35,12 +35,14 @@ class WiredLane(Lane):
         self, plan: Sequence[Bucket], collective: Any, rank: int, codes: Mapping[int, Codes], slots: CodeSlots
     ) -> None:
         super().__init__(plan, collective, rank)
-        self._codes, self._slots = codes, slots
+        self._codes, self._slots, self._counts = codes, slots, True
 
     def _lent(self, bucket: Bucket) -> tuple[Bytes, Bytes]:
-        return self._slots.lend(bucket.number, len(bucket.mine), self._codes[bucket.number].width)
+        spare = bucket.theirs.reshape(-1)  # nothing else comes into it
+        return self._slots.lend(bucket.number, len(bucket.mine), self._codes[bucket.number].width, spare)
 
     def open(self, bucket: Bucket, cargo: Cargo) -> tuple[Any, Any]:
+        self._counts = cargo.weights is None or bool(cargo.weights[self.rank])  # else nobody reads its rows
         if bucket.number in self._codes:
             cargo = cargo._replace(land_in_results=True, send_from_leaves=True)
         return super().open(bucket, cargo)
@@ -51,7 +53,9 @@ class WiredLane(Lane):
             return super().start(bucket, source, target, timeout)
         going, coming = self._lent(bucket)
         (row,) = self._slots.rows(1, source.shape[1] // bucket.itemsize * 4)
-        for rank in range(len(source)):
+        if not self._counts:
+            going[...] = 0
+        for rank in range(len(source)) if self._counts else ():
             if rank != self.rank:
                 codes.encode(rank, self._wide(bucket, source[rank], row), going[rank])
         pending: Pending | None = self.collective.exchange(going, coming, timeout)

@@ -115,6 +115,10 @@ INLINE void encode_int8(const char *numbers, size_t length, uint8_t *code)
 {
     uint32_t top = top_of(numbers, length);
     float scale = float_of(top) / 127.0f;
+    if (length == 1) { /* is its scale, and nothing more */
+        put_word_of(code, top >= INFINITE ? NOT_A_NUMBER : word_of(numbers));
+        return;
+    }
     if (top >= INFINITE || !(scale > 0)) {
         put_word_of(code, top >= INFINITE ? NOT_A_NUMBER : 0);
         memset(code + SCALE, 0, length);
@@ -133,6 +137,12 @@ INLINE void encode_int8(const char *numbers, size_t length, uint8_t *code)
 INLINE void decode_int8(const uint8_t *code, char *numbers, size_t length, float limit)
 {
     int32_t integers[INT8_BLOCK];
+    if (length == 1) {
+        uint32_t u = word_of(code), magnitude = u & 0x7fffffff;
+        int over = magnitude < INFINITE && float_of(magnitude) > limit;
+        put_word_of(numbers, over ? bits_of(limit) | (u & 0x80000000) : u);
+        return;
+    }
     for (size_t i = 0; i < length; i++) integers[i] = (int8_t)code[SCALE + i];
     put_times(numbers, integers, length, word_of(code), NULL, limit);
 }
@@ -457,7 +467,7 @@ struct block {
 static struct block next(int bits, size_t left)
 {
     size_t whole = bits == 8 ? INT8_BLOCK : LARGEST, length = left < whole ? left : whole, size = SMALLEST;
-    struct block block = {length, 0, SCALE + length};
+    struct block block = {length, 0, SCALE + (length > 1 ? length : 0)};
     if (bits == 8 || 2 * length < SMALLEST) return block;
     while (size < length) size *= 2;
     block.size = size;

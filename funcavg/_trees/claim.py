@@ -17,13 +17,14 @@ from typing import NamedTuple
 
 from funcavg._trees.survey import ROOT
 
-__all__ = ["HEADER_BYTES", "Claim", "Header", "blake2b", "digest", "find_differences", "listed"]
+__all__ = ["HEADER_BYTES", "WIRE", "Claim", "Header", "blake2b", "digest", "find_differences", "listed"]
 
-MAGIC, VERSION = b"favg", 3
+MAGIC, VERSION = b"favg", 2
 FORMAT = struct.Struct("<4sHHd16s8s8s")
 HEADER_BYTES = FORMAT.size
 HAS_ERROR, DONATES_TIES = 1, 2
 SHOWN = 5  # differences listed in an error
+WIRE = ", over "  # stands before the wire, in the line of options
 
 
 def digest(lines: Sequence[str]) -> bytes:
@@ -91,7 +92,10 @@ def find_differences(ours: Sequence[str], theirs: Sequence[str], us: str, them: 
     """Compare the lines of two claims; say in words where ``us`` and ``them`` differ."""
     found = []
     if ours[0] != theirs[0]:
-        found.append(f"options:  {us} {ours[0]},  {them} {theirs[0]}")
+        mine, yours = ours[0], theirs[0]
+        if (WIRE in mine) != (WIRE in yours):
+            mine, yours = (line if WIRE in line else f"{line}{WIRE}no wire" for line in (mine, yours))
+        found.append(f"options:  {us} {mine},  {them} {yours}")
     left, right = (dict(line.rsplit(": ", 1) for line in lines[1:] if line) for lines in (ours, theirs))
     for path in [*left, *(path for path in right if path not in left)]:
         mine, yours = left.get(path, "has no such leaf"), right.get(path, "has no such leaf")

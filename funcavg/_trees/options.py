@@ -47,14 +47,12 @@ class Options:
         if self.exactly:
             return self.purpose
         weight = "without weight" if self.weight is None else "with a weight"
-        words = [weight, "without wire" if self.wire is None else f"wire {self.wire_name}", self.about]
-        return ", ".join(filter(None, words))
+        return f"{weight}, {self.about}" if self.about else weight
 
     @property
     def wire_name(self) -> str:
-        """What the wire is called; of one that has no name, its type."""
-        named = self.wire if isinstance(self.wire, str) else getattr(self.wire, "name", type(self.wire).__name__)
-        return str(named)
+        """What the wire is called."""
+        return str(getattr(self.wire, "name", self.wire))
 
     def checked(self, who: str) -> Options:
         """Raise what is wrong with the timeout, on this rank: there is no telling how long the others would wait."""

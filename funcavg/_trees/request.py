@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from funcavg._trees import containers
-from funcavg._trees.claim import Claim, digest
+from funcavg._trees.claim import WIRE, Claim, digest
 from funcavg._trees.containers import Flat
 from funcavg._trees.layouts import Layout, layout_of
 from funcavg._trees.options import Options, Where
@@ -79,9 +79,10 @@ def make_request(flat: Flat, options: Options, *, only: frozenset[int] | None = 
                 _check_donation(layout, leaves, addresses, ties)
     except Exception as mistake:  # whatever it is, the other ranks must hear of it
         return failed_request(mistake, options)
+    line = options.line if codec is None else f"{options.line}{WIRE}wire {codec.label}"
     claim = Claim(
-        digest([options.line, layout.signature.hex()]),
-        [options.line, *layout.lines],
+        digest([line, layout.signature.hex()]),
+        [line, *layout.lines],
         digest([repr(sorted(ties.items()))]),
         digest([layout.on_device]),
         number,

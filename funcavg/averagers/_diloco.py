@@ -99,8 +99,9 @@ def diloco(  # noqa: PLR0913  # public: its options are keywords
 
     Raises:
         TypeError, ValueError: If an argument is no good. On this rank.
-        ValueError: From ``update``, if the averaged leaves are not those of ``init`` (it names them), or one cannot be
-            donated. On every rank, at steps that communicate; at others, on this rank.
+        ValueError: From ``init``, if there is no such wire; from ``update``, if the averaged leaves are not those of
+            ``init`` (it names them), or one cannot be donated. On every rank, at steps that communicate; at others, on
+            this rank.
 
         ``init``, and ``update`` at steps that synchronise, raise what `funcavg.average` raises.
 
@@ -143,13 +144,14 @@ def diloco(  # noqa: PLR0913  # public: its options are keywords
     """
     warmup, period = check_schedule(warmup, period, "diloco")
     options = Options(timeout=timeout).checked("diloco")
-    check_wire(wire, group, "diloco")
     optimizer = outer_optimizers.as_outer(outer)
 
     def init(params: Any) -> DiLoCoState:
         with without_grad():
             if not takes_part(group):
                 return DiLoCoState(0, None, None)
+            with failing_everywhere(group, options, others_wait=True):
+                check_wire(wire, group, "diloco")
             anchor = anchor_at(0, params)
             return DiLoCoState(0, anchor, optimizer.init(anchor))
 

@@ -34,12 +34,12 @@ def check_wire(wire: Any, group: Any, who: str) -> None:
         return
     from funcavg.wires.codecs import codec_of
 
-    codec_of(wire)
     if is_local(group):
         raise ValueError(
             f"{who}: wire={wire!r} is for groups of processes or threads, got group={group!r}: over an axis, and of "
             f"stacked replicas, nothing is encoded. Leave wire out."
         )
+    codec_of(wire)
 
 
 def averaged_part(request: Request) -> Any:

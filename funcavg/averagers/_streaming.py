@@ -145,7 +145,6 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
     warmup, period = check_schedule(warmup, period, NAME)
     chosen, delay, mix = check_fragments(fragments, period, delay, mix)
     options = Options(timeout=timeout).checked(NAME)
-    check_wire(wire, group, NAME)
     optimizer = outer_optimizers.as_outer(outer)
     count = chosen if isinstance(chosen, int) else len(chosen)
     table, cutter = Timetable(period, count, delay, warmup), Cutter(chosen, group, NAME)
@@ -155,6 +154,8 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
         with without_grad():
             if not takes_part(group):
                 return StreamingState(0, None, None, None, None)
+            with failing_everywhere(group, options, others_wait=True):
+                check_wire(wire, group, NAME)
             return StreamingState(0, *anchored(0, params))
 
     def anchored(step: Any, params: Any, weight: Any = None) -> tuple[Any, ...]:

@@ -23,7 +23,7 @@ from funcavg.cli.jobs import AgreedError, Job, agree, connect
 from funcavg.cli.rows import ALONE, BASES, FLOOR, Row, make_rows, node_setting
 from funcavg.cli.start import start
 from funcavg.collectives import as_collective, launched_ranks
-from funcavg.wires import NAMES
+from funcavg.wires.codecs import NAMES
 
 __all__ = ["ABOUT", "HOW", "add_arguments", "run"]
 

@@ -20,7 +20,7 @@ from funcavg.cli.environment import CliError, choose_backend, cores, rank_of
 from funcavg.cli.jobs import agree, connect
 from funcavg.cli.trials import ABSENT, FAILED, NO, OK, SUBJECTS, TRIALS, Finding, attempt, judge
 from funcavg.collectives import LAUNCHERS, launched_ranks
-from funcavg.wires import NAMES
+from funcavg.wires.codecs import NAMES
 
 __all__ = ["ABOUT", "HOW", "add_arguments", "run"]
 

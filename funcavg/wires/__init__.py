@@ -19,9 +19,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from funcavg.wires.codecs import NAMES
-
-__all__ = ["NAMES", "Wire"]
+__all__ = ["Wire"]
 
 
 @runtime_checkable
@@ -30,7 +28,12 @@ class Wire(Protocol):
 
     It is given numbers of one leaf at a time, never of two, and never what two ranks have sent. Both functions must
     depend on nothing but their arguments, and `decode` must return the same bits on every rank: calculate with
-    integers, or with float64 operations that round once. Averages go on in other threads (`start_average`).
+    integers, or with operations that round once. `start_average` calls them in another thread.
+
+    At each call of `funcavg.average` both are tried with 7 and with 1024 numbers, before anything moves: what is wrong
+    there is raised on every rank alike, and ranks whose codecs make other bytes or numbers of these are told that they
+    differ. What they raise later, of other numbers, spends the group: RuntimeError here, and `funcavg.PeerLostError` on
+    the ranks that wait. Leaves that are no wider than the code of 1024 numbers travel as they are.
 
     Examples:
         Signs only, and the mean magnitude:
@@ -54,7 +57,7 @@ class Wire(Protocol):
 
     @property
     def name(self) -> str:
-        """What all ranks must agree about, and errors and logs say."""
+        """What errors and logs call it: at most 64 letters, digits, ``_``, ``.`` and ``-``."""
         ...
 
     def encode(self, numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:

@@ -115,14 +115,21 @@ def cut(pieces: Ints, block: int, bits: int, smallest: int) -> tuple[list[Blocks
         sizes[2 * long < smallest] = 0
     else:
         sizes = np.zeros_like(long)
-    widths = SCALE + np.where(sizes > 0, sizes * bits // 8, long)
+    widths = SCALE + np.where(sizes > 0, sizes * bits // 8, np.where(long > 1, long, 0))  # one number is its scale
     codes = np.cumsum(widths) - widths
     kinds = []
     for size in np.unique(sizes):
         of = sizes == size
         # Blocks of int8 are not filled up in the code, so whole ones go apart.
-        for which in (of,) if size else (of & (long == block), of & (long < block)):
+        shapes: list[tuple[Any, tuple[int, int, bool]]] = [(of, (int(size), bits, True))]
+        if not size:
+            filled = smallest // 2 or block
+            shapes = [
+                (of & (long == 1), (1, 0, False)),
+                (of & (long == block), (block, 8, False)),
+                (of & (long > 1) & (long < block), (filled, 8, False)),
+            ]
+        for which, shape in shapes:
             if which.any():
-                shape = (int(size), bits, True) if size else (block if not smallest else smallest // 2, 8, False)
                 kinds.append(Blocks(*shape, starts[which], long[which], codes[which], widths[which]))
     return kinds, int(widths.sum())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import re
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +13,14 @@ import numpy.typing as npt
 
 from funcavg.wires.blocks import Blocks, cut
 from funcavg.wires.rotated import from_rotated, to_rotated
-from funcavg.wires.rounded import from_bfloat16, from_int8, to_bfloat16, to_int8
+from funcavg.wires.rounded import (
+    from_bfloat16,
+    from_int8,
+    from_themselves,
+    to_bfloat16,
+    to_int8,
+    to_themselves,
+)
 
 __all__ = ["BITS", "NAMES", "Codec", "Coder", "codec_of"]
 
@@ -44,9 +54,12 @@ class Coder:
 class Codec:
     """How rows are written."""
 
-    def __init__(self, name: str, bits: float, coder: Callable[[Pieces], Coder], own: Any = None) -> None:
+    def __init__(
+        self, name: str, bits: float, coder: Callable[[Pieces], Coder], own: Any = None, label: str = ""
+    ) -> None:
         self.name, self.bits, self.coder = name, bits, coder
         self.own = own  # the user's, if it is one
+        self.label = label or name  # what ranks agree about
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Codec) and (self.name, id(self.own)) == (other.name, id(other.own))
@@ -57,6 +70,17 @@ class Codec:
     def encodes(self, element: str) -> bool:
         """Say whether leaves of a dtype are encoded: floats of at most 32 bits, if they are wider than the code."""
         return ENCODED.get(element, 0) > self.bits
+
+
+def _quietly(method: Callable[..., None]) -> Callable[..., None]:
+    """Let a method round, overflow and divide whatever a user wants NumPy to raise."""
+
+    @functools.wraps(method)
+    def quiet(*args: Any, **kwargs: Any) -> None:
+        with np.errstate(all="ignore"):
+            method(*args, **kwargs)
+
+    return quiet
 
 
 class _Bfloat16(Coder):
@@ -81,19 +105,25 @@ class _Scaled(Coder):
     def _chunks(self) -> Sequence[Blocks]:
         return [chunk for kind in self._kinds for chunk in kind.chunks()]
 
+    @_quietly
     def encode(self, numbers: Floats, code: Bytes, *, mean: bool) -> None:
         for blocks in self._chunks():
             given = blocks.numbers_of(numbers)
-            written = to_rotated(given, blocks.bits, mean=mean) if blocks.rotates else to_int8(given)
+            if blocks.rotates:
+                written = to_rotated(given, blocks.bits, mean=mean)
+            else:
+                written = to_int8(given) if blocks.bits else to_themselves(given)
             blocks.put_code(code, *written)
 
+    @_quietly
     def decode(self, code: Bytes, numbers: Floats, limit: float, *, mean: bool) -> None:
         for blocks in self._chunks():
             scales, integers = blocks.code_of(code)
             if blocks.rotates:
-                blocks.put_numbers(numbers, from_rotated(scales, integers, blocks.bits, limit, mean=mean))
+                decoded = from_rotated(scales, integers, blocks.bits, limit, mean=mean)
             else:
-                blocks.put_numbers(numbers, from_int8(scales, integers, limit))
+                decoded = from_int8(scales, integers, limit) if blocks.bits else from_themselves(scales, limit)
+            blocks.put_numbers(numbers, decoded)
 
 
 class _Own(Coder):
@@ -110,17 +140,25 @@ class _Own(Coder):
     def _rows(self) -> Sequence[tuple[slice, slice]]:
         return [(slice(b, b + n), code) for (b, n), code in zip(self.pieces.tolist(), self._codes, strict=True)]
 
+    # What a user's function gets is a copy: it may keep it, or write to it.
+
     def encode(self, numbers: Floats, code: Bytes, *, mean: bool) -> None:
         for piece, place in self._rows():
             code[place] = _encoded(self._own, numbers[piece].copy(), place.stop - place.start)
 
     def decode(self, code: Bytes, numbers: Floats, limit: float, *, mean: bool) -> None:
         for piece, place in self._rows():
-            numbers[piece] = _decoded(self._own, code[place].copy(), piece.stop - piece.start)
+            decoded = _decoded(self._own, code[place].copy(), piece.stop - piece.start)
+            numbers[piece] = np.where(np.isfinite(decoded), np.clip(decoded, -limit, limit), decoded)
 
 
 def _encoded(own: Any, numbers: Floats, nbytes: int | None = None) -> Bytes:
-    code = own.encode(numbers)
+    try:
+        code = own.encode(numbers)
+    except Exception as error:
+        raise RuntimeError(
+            f"wire {own.name!r}: encode of {len(numbers)} numbers raised {type(error).__name__}: {error}."
+        ) from error
     if not (isinstance(code, np.ndarray) and code.dtype == np.uint8 and code.ndim == 1):
         raise TypeError(f"wire {own.name!r}: encode must return a vector of uint8, got {_described(code)}.")
     if nbytes is not None and len(code) != nbytes:
@@ -132,7 +170,12 @@ def _encoded(own: Any, numbers: Floats, nbytes: int | None = None) -> Bytes:
 
 
 def _decoded(own: Any, code: Bytes, length: int) -> Floats:
-    numbers = own.decode(code, length)
+    try:
+        numbers = own.decode(code, length)
+    except Exception as error:
+        raise RuntimeError(
+            f"wire {own.name!r}: decode of {length} numbers raised {type(error).__name__}: {error}."
+        ) from error
     if not (isinstance(numbers, np.ndarray) and numbers.dtype == np.float32 and numbers.shape == (length,)):
         raise TypeError(
             f"wire {own.name!r}: decode must return a vector of {length} float32, got {_described(numbers)}."
@@ -160,16 +203,39 @@ def codec_of(wire: Any) -> Codec | None:
         if wire not in _OURS:
             raise ValueError(f"wire must be one of {', '.join(map(repr, NAMES))}, or None, got {wire!r}.")
         return _OURS[wire]
+    if isinstance(wire, type):
+        raise TypeError(f"wire must be an object, got the class {wire.__name__}: pass {wire.__name__}(...).")
     name = getattr(wire, "name", None)
-    if not (
-        isinstance(name, str) and callable(getattr(wire, "encode", None)) and callable(getattr(wire, "decode", None))
-    ):
+    functions = [getattr(wire, verb, None) for verb in ("encode", "decode")]
+    if not (isinstance(name, str) and all(map(callable, functions))):
         raise TypeError(
             f"wire must be one of {', '.join(map(repr, NAMES))}, None, or an object with a name and the functions "
             f"encode and decode, as funcavg.wires.Wire says, got {wire!r} of type {type(wire).__name__}."
         )
-    if name in _OURS or not name.isprintable() or not name or ": " in name:
-        raise ValueError(f"wire: a codec of your own needs a name of its own, in one line, got {name!r}.")
-    code = _encoded(wire, np.zeros(TRIED, np.float32))
-    _decoded(wire, code, TRIED)
-    return Codec(name, 8 * len(code) / TRIED, lambda pieces: _Own(pieces, wire), wire)
+    if name in _OURS or not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
+        raise ValueError(
+            f"wire: a codec of your own needs a name of its own, of at most 64 letters, digits, '_', '.' and '-', got "
+            f"{name[:80]!r}."
+        )
+    return _tried(wire)
+
+
+def _tried(own: Any) -> Codec:
+    """Return a user's codec, once it has been seen to do what it must; its label stands for what it makes of numbers.
+
+    Else ranks whose codecs have one name, and other settings, would decode other means.
+    """
+    checksum, nbytes = 0, 0
+    for length in (7, 1, TRIED):
+        mixed = np.arange(length, dtype=np.uint64) * 2654435761 % (1 << 20)
+        numbers = mixed.astype(np.float32) / np.float32(1 << 17) - np.float32(4)  # exactly: the same on every machine
+        nbytes = len(_encoded(own, np.zeros(length, np.float32)))
+        code = _encoded(own, numbers, nbytes)
+        checksum = zlib.crc32(_decoded(own, code.copy(), length).tobytes(), zlib.crc32(code.tobytes(), checksum))
+    bits = 8 * nbytes / TRIED
+    if bits >= ENCODED["float32"]:
+        raise ValueError(
+            f"wire {own.name!r}: encode returned {nbytes} bytes for {TRIED} numbers, which is no shorter than float32: "
+            f"no leaf would be encoded. Leave wire out, or make the code shorter."
+        )
+    return Codec(own.name, bits, lambda pieces: _Own(pieces, own), own, f"{own.name} (checksum {checksum:08x})")

@@ -104,7 +104,7 @@ def to_rotated(numbers: Floats, bits: int, *, mean: bool) -> tuple[Floats, Bytes
         # A whole number is above a threshold if it is above its integer part, which float32 holds.
         np.greater(magnitudes, np.floor(middle * root).astype(np.float32)[:, None], out=above)
         index += above.view(np.uint8)
-    centroids = np.array(CENTROIDS[bits], np.float32)[index].astype(np.float64)
+    centroids = np.take(np.array(CENTROIDS[bits], np.float64), index)  # twice as fast as to index
     energy = size * squares
     product = np.einsum("ij,ij->i", magnitudes.astype(np.float64), centroids)
     length = np.einsum("ij,ij->i", centroids, centroids)
@@ -121,7 +121,7 @@ def to_rotated(numbers: Floats, bits: int, *, mean: bool) -> tuple[Floats, Bytes
 
 def from_rotated(scales: Floats, integers: Bytes, bits: int, limit: float, *, mean: bool) -> Floats:
     """Return the numbers of blocks, none above ``limit``."""
-    centroids = _signed_centroids(bits)[_unpacked(integers, bits)]
+    centroids = np.take(_signed_centroids(bits), _unpacked(integers, bits))
     numbers = times(_transformed(centroids), scales, limit)
     kept = ~(np.isnan(scales) | (scales.view(np.uint32) == 0))  # NaN and 0 have no sign
     # Signs are changed, and not multiplied by: a thread may flush denormal numbers.

@@ -7,7 +7,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["from_bfloat16", "from_int8", "times", "to_bfloat16", "to_int8"]
+__all__ = [
+    "from_bfloat16",
+    "from_int8",
+    "from_themselves",
+    "times",
+    "to_bfloat16",
+    "to_int8",
+    "to_themselves",
+]
 
 NAN = np.float32(np.nan)
 
@@ -32,6 +40,18 @@ def to_int8(numbers: Floats) -> tuple[Floats, Bytes]:
 def from_int8(scales: Floats, integers: Bytes, limit: float) -> Floats:
     """Return the numbers of blocks, none above ``limit``."""
     return times(integers.view(np.int8).astype(np.float32), scales, limit)
+
+
+def to_themselves(numbers: Floats) -> tuple[Floats, Bytes]:
+    """Return blocks of one number: as their scales, and nothing more."""
+    alone = numbers[:, 0]
+    return np.where(np.isfinite(alone), alone, NAN), np.empty((len(alone), 0), np.uint8)
+
+
+def from_themselves(scales: Floats, limit: float) -> Floats:
+    """Return these numbers, none above ``limit``."""
+    over = np.abs(scales) > limit
+    return np.where(over, np.copysign(np.float32(limit), scales), scales)[:, None]
 
 
 def times(integers: Floats, scales: Floats, limit: float) -> Floats:

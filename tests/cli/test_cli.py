@@ -22,7 +22,7 @@ from helpers.processes import interruptible
 import funcavg
 from funcavg.cli import bench, checks, doctor, environment, jobs, machine, main, report, rows, trees, trials
 from funcavg.testing import run_ranks
-from funcavg.wires import NAMES
+from funcavg.wires.codecs import NAMES
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]

@@ -13,6 +13,7 @@ from slow_network import (
     RATE,
     RAW,
     TIMEOUT,
+    WIRED,
     cut_and_mend,
     measure,
     two_hosts,
@@ -41,6 +42,16 @@ def test_an_average_takes_as_long_as_the_tree_takes_to_cross_the_link_once(hosts
         assert row.seconds <= 1.1 * rows[RAW].seconds, name
         assert max(row.sent) <= 1.05 * max(rows[RAW].sent), name
     assert rows[DONATED_OF_TWO].seconds <= 1.1 * rows[DONATED].seconds
+
+
+def test_a_wire_divides_the_time(hosts):
+    """By four, in bytes; in time, what a busy machine lets it."""
+    chosen = [name for name, (_, wire) in WIRED.items() if wire == "int8"]
+    rows = measure(hosts, [RAW, *chosen])
+    for name in chosen:
+        assert rows[name].is_right, name
+        assert max(rows[name].sent) <= 0.26 * max(rows[RAW].sent), name
+        assert rows[name].seconds <= 0.5 * rows[RAW].seconds, name
 
 
 def test_a_broadcast_crosses_the_link_once_however_many_ranks_a_host_has(hosts):

@@ -180,7 +180,7 @@ mismatch(
     "a weight on one rank",
     lambda: [1.0],
     lambda: [1.0],
-    r"options:  rank 0 without weight, without wire,  rank 1 with a weight, without wire",
+    r"options:  rank 0 without weight,  rank 1 with a weight",
     options=(None, {"weight": 1}),
 )
 
@@ -344,7 +344,7 @@ def test_another_version_of_the_protocol(monkeypatch):
         share = exchange
 
     with pytest.raises(
-        FuncavgError, match=r"rank 1 speaks another version of the protocol \(b'favg' 0, here b'favg' 3\)"
+        FuncavgError, match=r"rank 1 speaks another version of the protocol \(b'favg' 0, here b'favg' 2\)"
     ):
         average(1.0, Old())
 

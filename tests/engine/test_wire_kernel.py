@@ -12,8 +12,8 @@ from helpers.kernels import LEVELS, library_or_skip, using
 
 from funcavg._engine import coders, kernel
 from funcavg._engine.coders import coder_of
-from funcavg.wires import NAMES
-from funcavg.wires.codecs import codec_of
+from funcavg.wires.codecs import NAMES, codec_of
+from funcavg.wires.rotated import signs
 
 FOLDER = Path(kernel.__file__).parent
 LIMITS = [float(np.finfo(np.float32).max), 65504.0, 0.75]
@@ -62,6 +62,12 @@ def spikes(rng, count):
     )
 
 
+def rotate_into_spikes(rng, count):
+    """The signs themselves, so that all of a block is one number once it has rotated."""
+    row = np.concatenate([signs(mean=False), signs(mean=True)])
+    return np.resize(row, count) * np.float32(rng.normal())
+
+
 def ties(rng, count):
     """Halves of what is rounded to."""
     numbers = rng.integers(-254, 255, count).astype(np.float32) / 2
@@ -96,6 +102,7 @@ KINDS = {
     "signs": lambda rng, count: rng.choice(np.array([1, -1], np.float32), count),
     "special": with_special,
     "spikes": spikes,
+    "rotate into spikes": rotate_into_spikes,
     "ties": ties,
     "between bfloat16": rounded_ties,
 }
@@ -280,6 +287,8 @@ def test_memory_that_c_must_not_use_is_refused(name):
         row.view(np.int32),
     ]
     bad_codes = [code[:-1], np.zeros(2 * coder.width, np.uint8)[::2], code.view(np.int8), code.reshape(1, -1)]
+    bad_rows.append(np.zeros((150, 0), np.float32))  # as long, and no memory
+    bad_codes.append(np.zeros((coder.width, 0), np.uint8))
     for bad in bad_rows:
         with pytest.raises(ValueError, match="a row must have 150 float32, got writable|must lie in one piece"):
             coder.encode(bad, code, mean=False)
@@ -298,11 +307,12 @@ def test_memory_that_c_must_not_use_is_refused(name):
 
 def test_pieces_are_copied_and_lie_in_their_row():
     pieces = pieces_of([100, 50])
-    coder = coder_in_c("int8", np.asfortranarray(pieces))
+    coder, other = coder_in_c("int8", pieces), coder_in_c("int8", np.asfortranarray(pieces))
     row = np.random.default_rng(5).normal(size=150).astype(np.float32)
     expected = encoded(coder, row, mean=False)
-    pieces[:] = 1 << 40
+    pieces[:] = 0
     np.testing.assert_array_equal(encoded(coder, row, mean=False), expected)
+    np.testing.assert_array_equal(encoded(other, row, mean=False), expected)
     for bad in ([[-4, 10]], [[0, 10], [10, -5]]):
         with pytest.raises(ValueError, match="pieces must"):
             coder_in_c("int8", np.array(bad))

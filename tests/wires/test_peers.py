@@ -3,7 +3,7 @@
 import pytest
 from peers_wires import BYTES, OURS, PCCL, PEERS, PRIME, SIZES, errors_of_means, errors_of_one_code
 
-from funcavg.wires import NAMES
+from funcavg.wires.codecs import NAMES
 
 LENGTH = 1 << 14
 ONE_CODE = {"bfloat16": (2e-6, 4e-6), "int8": (4e-5, 6e-5), "int4": (8e-3, 1.1e-2), "int2": (0.11, 0.15)}
