@@ -8,6 +8,9 @@ Every method is an averager, and all go through the loop in `train`: the same st
 The learning rate is the one, of three, that is best for synchronous training: --rates 0.01 0.015 0.02 tries them again.
 The other methods take it as it is.
 
+Streaming DiLoCo has as many steps in a period as DiLoCo, in four fragments, each of which travels for one step of
+training, or for five.
+
 DiLoCo sends its pseudo-gradients as a code, too: int8, int4 and int2, and int4 often, whose period of 8 steps costs as
 many bytes as 60 without a code. The outer rate and momentum of that are the best by the loss on seed 100, which is none
 of the table's. To try them again:
@@ -43,9 +46,9 @@ from funcavg.collectives import as_collective
 
 Run = dict[str, Any]  # what a training run leaves behind, for JSON
 
-SYNCHRONOUS, LOCAL, POST_LOCAL, HIERARCHICAL, DILOCO, INT8, INT4, INT2, OFTEN = METHODS = (
+SYNCHRONOUS, LOCAL, POST_LOCAL, HIERARCHICAL, DILOCO, INT8, INT4, INT2, OFTEN, STREAMING, LATE = METHODS = (
     "synchronous", "local SGD", "post-local SGD", "hierarchical SGD", "DiLoCo",
-    "DiLoCo int8", "DiLoCo int4", "DiLoCo int2", "DiLoCo int4 often",
+    "DiLoCo int8", "DiLoCo int4", "DiLoCo int2", "DiLoCo int4 often", "streaming DiLoCo", "streaming, 5 late",
 )  # fmt: skip
 WIRES = {INT8: "int8", INT4: "int4", INT2: "int2", OFTEN: "int4"}  # how their pseudo-gradients travel
 
@@ -65,10 +68,13 @@ GOALS = [
     Goal(INT4, DILOCO, 0.3),
     Goal(INT2, DILOCO, 1),
     Goal(OFTEN, SYNCHRONOUS, 3, 57),
+    Goal(STREAMING, DILOCO, 1),
+    Goal(LATE, DILOCO, 1),
 ]
 VALIDATION = 512  # windows
 EVERY = 60  # steps between validations
-DASHED = {INT8: "plum", INT4: "orchid", INT2: "mediumvioletred", OFTEN: "indigo"}  # of DiLoCo's kind
+# Of DiLoCo's kind:
+DASHED = {INT8: "plum", INT4: "orchid", INT2: "mediumvioletred", OFTEN: "indigo", STREAMING: "olive", LATE: "teal"}
 LINKS = {"100 Mbit/s": 1e8, "10 Gbit/s": 1e10}  # bits in a second
 
 
@@ -93,6 +99,10 @@ def make_averager(method: str, pair: Any, args: argparse.Namespace) -> tuple[fun
     if method == HIERARCHICAL:
         return funcavg.hierarchical({args.period // 4: pair, args.period: None}), 0
     period, rate, momentum = args.outer_period, args.outer_rate, args.outer_momentum
+    if method in (STREAMING, LATE):  # what a fragment's mean is mixed with has gone on for one step, or for five
+        delay, mix = (1, 0.0) if method == STREAMING else (5, 0.5)
+        outer = funcavg.outer.nesterov(rate, momentum)
+        return funcavg.streaming_diloco(period, fragments=args.fragments, delay=delay, mix=mix, outer=outer), 0
     if method == OFTEN:
         period, rate, momentum = args.often_period, args.often_rate, args.often_momentum
     return funcavg.diloco(period, outer=funcavg.outer.nesterov(rate, momentum), wire=WIRES.get(method)), 0
@@ -124,7 +134,8 @@ def train(method: str, rate: float, seed: int, job: Job, args: argparse.Namespac
         inner = adam(inner, grads, rate * rising * falling, step)
         inner["params"], state = averager.update(inner["params"], state, donate=True)  # then whatever the method says
         counts.append(sent())
-        if step + 1 == args.steps and everyone.bytes_sent == before:  # the end lies within a period,
+        within = everyone.bytes_sent == before or method in (STREAMING, LATE)
+        if step + 1 == args.steps and within:  # the end lies within a period, or other fragments' do,
             inner["params"] = average(inner["params"], donate=True)  # and the model is the mean of the workers'
             counts.append(sent())
         if (step + 1) % EVERY == 0 or step + 1 == args.steps:
@@ -266,6 +277,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--often-period", type=int, default=8, help=f"of {OFTEN}, in steps (default: 8)")
     parser.add_argument("--often-rate", type=float, default=1.0, help="of its outer optimizer (default: 1.0)")
     parser.add_argument("--often-momentum", type=float, default=0.2, help="likewise (default: 0.2)")
+    parser.add_argument("--fragments", type=int, default=4, help=f"of {STREAMING} (default: 4)")
     parser.add_argument("--plot", type=Path, default=Path("compare_methods.png"), help="where the curves are saved")
     parser.add_argument("--save", type=Path, help="where everything measured is saved, as JSON")
     args = parser.parse_args()

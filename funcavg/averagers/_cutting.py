@@ -14,7 +14,7 @@ import numpy as np
 from funcavg._transforms import Stacked
 from funcavg._trees import Leaf, Request, combine, flatten, is_dtensor, paths
 from funcavg.averagers._base import averaged_lines, described, layout_of
-from funcavg.averagers._fragments import Fragments, Piece, Size, cut_by_number, cut_by_paths
+from funcavg.averagers._fragments import Fragments, Parts, Piece, Size, cut_by_number, cut_by_paths
 from funcavg.averagers._outer_step import differences, has_tracers, refuse_tree
 from funcavg.averagers._packing import lengths_of
 
@@ -24,7 +24,7 @@ __all__ = ["Cut", "Cutter", "local", "pieces_of", "places_of", "ties_of", "with_
 class Cut(NamedTuple):
     """A tree's fragments."""
 
-    parts: list[list[Piece]]
+    parts: Parts
     lengths: dict[str, int]  # of the vectors that the largest of them needs
 
 
@@ -37,20 +37,22 @@ class Cutter:
         self._replicas = group.axis if isinstance(group, Stacked) else None
         self._known: dict[Any, Cut] = {}
 
-    def anchors_of(self, request: Request) -> tuple[Any, ...]:
-        """Cut a tree as the user says: return its parts."""
+    def parts_of(self, request: Request) -> Parts:
+        """Cut a tree as the user says; of tied leaves the first."""
         layout, ties = layout_of(request), request.ties
         names = {i: layout.name(i) for i in range(len(layout.averaged)) if i not in ties}
         if isinstance(self._fragments, int):
-            parts = cut_by_number([self._size_of(leaf) for leaf in request.leaves], self._fragments, list(names))
-        else:
-            of_leaves = paths(request.flat.spec)
-            parts = cut_by_paths([of_leaves[position] for position in layout.averaged], self._fragments, names)
+            return cut_by_number([self._size_of(leaf) for leaf in request.leaves], self._fragments, list(names))
+        of_leaves = paths(request.flat.spec)
+        return cut_by_paths([of_leaves[position] for position in layout.averaged], self._fragments, names)
+
+    def anchors_of(self, request: Request) -> tuple[Any, ...]:
+        """Return the fragments of a tree, as the user says; tied leaves go with the first."""
         followers: dict[int, list[int]] = {}
-        for tied_one, first in ties.items():
+        for tied_one, first in request.ties.items():
             followers.setdefault(first, []).append(tied_one)
         whole = []
-        for part in parts:
+        for part in self.parts_of(request):
             placed = [piece._replace(axis=self._axis(np.ndim(request.leaves[piece.leaf]))) for piece in part]
             more = [piece._replace(leaf=other) for piece in placed for other in followers.get(piece.leaf, ())]
             whole.append(sorted(placed + more, key=lambda piece: piece.leaf))
@@ -82,7 +84,7 @@ class Cutter:
             )
         return cut
 
-    def _read(self, anchors: Any, request: Request) -> list[list[Piece]]:
+    def _read(self, anchors: Any, request: Request) -> Parts:
         of_leaves, layout = paths(request.flat.spec), layout_of(request)
         pieces: dict[Any, list[tuple[int, Leaf, str]]] = {}  # of each path
         for k, anchor in enumerate(anchors):
@@ -91,7 +93,7 @@ class Cutter:
             lines = averaged_lines(known)
             for i, position in enumerate(known.averaged):
                 pieces.setdefault(keys[position], []).append((k, known.leaves[i], lines[i]))
-        parts: list[list[Piece]] = [[] for _ in anchors]
+        parts: Parts = [[] for _ in anchors]
         then = []
         for i, position in enumerate(layout.averaged):
             own, begin = pieces.pop(of_leaves[position], []), 0

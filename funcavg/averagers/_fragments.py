@@ -19,9 +19,20 @@ from typing import Any, NamedTuple
 from funcavg._schedule import integer
 from funcavg._transforms import is_traced
 
-__all__ = ["Fragments", "Piece", "Size", "Timetable", "check_fragments", "cut_by_number", "cut_by_paths"]
+__all__ = [
+    "Fragments",
+    "Parts",
+    "Path",
+    "Piece",
+    "Size",
+    "Timetable",
+    "check_fragments",
+    "cut_by_number",
+    "cut_by_paths",
+]
 
-Fragments = int | tuple[Callable[[tuple[Any, ...]], Any], ...]
+Path = tuple[Any, ...]
+Fragments = int | tuple[Callable[[Path], Any], ...]
 
 
 class Piece(NamedTuple):
@@ -39,6 +50,9 @@ class Piece(NamedTuple):
     def of(self, leaf: Any) -> Any:
         """Return these rows of a leaf."""
         return leaf if self.place is None else leaf[self.place]
+
+
+Parts = list[list[Piece]]
 
 
 class Size(NamedTuple):
@@ -140,7 +154,7 @@ class Timetable:
         return None
 
 
-def cut_by_number(sizes: Sequence[Size], count: int, kept: Sequence[int]) -> list[list[Piece]]:
+def cut_by_number(sizes: Sequence[Size], count: int, kept: Sequence[int]) -> Parts:
     """Cut leaves, those that are ``kept``, into so many consecutive parts, of which the largest is as small as can be.
 
     >>> cut_by_number([Size(3, 10), Size(1, 15)], 2, [0, 1])
@@ -164,9 +178,9 @@ def cut_by_number(sizes: Sequence[Size], count: int, kept: Sequence[int]) -> lis
     return _filled(sizes, kept, high, count)
 
 
-def _filled(sizes: Sequence[Size], kept: Sequence[int], most: int, count: int) -> list[list[Piece]]:
+def _filled(sizes: Sequence[Size], kept: Sequence[int], most: int, count: int) -> Parts:
     """Fill parts with rows, in order, up to ``most`` bytes each, and leave a row at least for each part to come."""
-    parts: list[list[Piece]] = [[]]
+    parts: Parts = [[]]
     room, left = most, sum(max(sizes[i].rows, 1) for i in kept)
     for i in kept:
         total, nbytes = max(sizes[i].rows, 1), sizes[i].nbytes
@@ -186,9 +200,9 @@ def _filled(sizes: Sequence[Size], kept: Sequence[int], most: int, count: int) -
     return parts
 
 
-def cut_by_paths(paths: Sequence[tuple[Any, ...]], predicates: Sequence[Any], names: Mapping[int, str]) -> Any:
+def cut_by_paths(paths: Sequence[Path], predicates: Sequence[Any], names: Mapping[int, str]) -> Parts:
     """Give each averaged leaf, by its path, to the first predicate that accepts it; raise for what is left over."""
-    parts: list[list[Piece]] = [[] for _ in predicates]
+    parts: Parts = [[] for _ in predicates]
     for i, name in names.items():
         taker = next((k for k, accepts in enumerate(predicates) if accepts(paths[i])), None)
         if taker is None:

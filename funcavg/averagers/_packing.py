@@ -1,6 +1,6 @@
 """A fragment's changes in a flat vector for each kind of array, of one length at every step, as `scan` needs it.
 
-Vectors lie on the host, where they can travel while an accelerator computes.
+torch's lie on the host, where they can travel while an accelerator computes; JAX's are copied there to be sent.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ from funcavg.averagers._base import (
 )
 from funcavg.averagers._cutting import Cutter, local, pieces_of, places_of, ties_of
 from funcavg.averagers._flights import forget
-from funcavg.averagers._fragments import Piece, Timetable, check_fragments
+from funcavg.averagers._fragments import Path, Piece, Timetable, check_fragments
 from funcavg.averagers._outer_step import agreed_ties, check_wire, has_tracers, mixed, tied, with_values
 from funcavg.averagers._packing import empty, forms_of, pack, unpack
 from funcavg.averagers._travel import Travel, in_place_of, kept_weight
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["StreamingState", "streaming_diloco"]
 
-Path = tuple[Any, ...]
 NAME = "streaming_diloco"
 
 
@@ -44,8 +44,8 @@ class StreamingState(NamedTuple):
     step: Any  # updates so far; shape (), an integer
     anchor: Any  # a tree for each fragment: its last synchronised parameters, None for what is of other fragments
     outer: Any  # the outer optimizer's state of each fragment
-    sent: Any  # this rank's changes of the fragment that is under way: flat vectors, by kind; none without delay
-    weight: Any  # this rank's weight when it was sent
+    sent: Any  # this rank's changes of the fragment that is under way, else zeros: vectors, by kind; none without delay
+    weight: Any  # this rank's weight when it was sent; NaN for none
 
 
 def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
@@ -76,7 +76,7 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
     The state says all: it can be saved after any step, also while a fragment is under way, which is sent again by
     whoever goes on from there, and then the run has the same bits. All ranks go on from states of the same step, each
     from its own; where nothing is under way, any number of ranks can go on from one of them. (A state that only some
-    ranks of a living group go back to is an error: they wait for the others, until the timeout.)
+    ranks of a living group go back to is an error: ranks send fragments of different steps, and are told.)
 
     Args:
         period: Steps, at least 1, in which each fragment is synchronised once.
@@ -103,7 +103,8 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
         TypeError, ValueError: If an argument is no good. On this rank.
         ValueError: From ``init``, if an averaged leaf is in no fragment, a fragment has no leaf, or there are fewer
             rows than fragments (it names them); from ``update``, if the averaged leaves are not those of ``init``. On
-            every rank, at steps that communicate; at others, on this rank.
+            every rank, at steps that communicate; at others, on this rank. With a delay, a step that applies a
+            fragment communicates no more: who makes a mistake there can call ``update`` again, without it.
 
         ``init`` and ``update`` raise what `funcavg.average` raises: of what travels in the background, the update that
         applies it.
@@ -154,14 +155,19 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
         with without_grad():
             if not takes_part(group):
                 return StreamingState(0, None, None, None, None)
+<<<<<<< HEAD
             with failing_everywhere(group, options, others_wait=True):
                 check_wire(wire, group, NAME)
+=======
+            if not is_local(group):
+                forget(group)
+            with failing_everywhere(group, options, others_wait=True):
+                cutter.parts_of(described(params, where, ties=not has_tracers(params)))
+>>>>>>> 6479234f7abf297258e428174141cf43d070014e
             return StreamingState(0, *anchored(0, params))
 
     def anchored(step: Any, params: Any, weight: Any = None) -> tuple[Any, ...]:
         """Return the state of a run that begins here, but for its step."""
-        if not is_local(group):
-            forget(group)
         now = replace(options, weight=weight, where=where, about=f"fragments {plan}")
         mean = synchronise(params, group, now, method=f"{NAME}, anchor", step=step)
         anchors = cutter.anchors_of(described(mean, where, ties=not has_tracers(mean)))
@@ -176,8 +182,7 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
         step = step_of(state)
         if not takes_part(group):
             return params, state._replace(step=step + 1)
-        traced = has_tracers((params, state.sent, weight))
-        index = table.at(step)
+        index, traced = table.at(step), has_tracers((params, state.sent, weight))
 
         def send(k: int) -> Callable[[Any], Any]:
             def run(everything: Any) -> Any:
@@ -190,8 +195,7 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
                 way = travel(k, anchors[k], ties)
                 if is_local(group):
                     now = replace(way.options, weight=weight)
-                    name = f"{NAME}, fragment {k} of {count}"
-                    sent = pack(synchronise(unpack(sent, way.forms), group, now, method=name, step=step), sent)
+                    sent = pack(synchronise(unpack(sent, way.forms), group, now, method=way.title, step=step), sent)
                 else:
                     sent = way.begin(sent, kept, step, traced=traced)
                 return params, anchors, memories, sent, kept
@@ -213,16 +217,14 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
                 else:
                     change = tied(combine(lambda old, new: old - new, anchors[k], own), ties)
                     now = replace(way.options, weight=weight, donate=donate or not ties)
-                    mean = synchronise(change, group, now, method=f"{NAME}, fragment {k} of {count}", step=step)
+                    mean = synchronise(change, group, now, method=way.title, step=step)
                     means = list(flatten(mean).leaves)
                 ties = agreed_ties(ties, means)
                 changed, memory = optimizer.step(mean, memories[k], anchors[k])
                 anchors = (*anchors[:k], changed, *anchors[k + 1 :])
                 memories = (*memories[:k], memory, *memories[k + 1 :])
                 if mix < 1:
-                    values = flatten(changed).leaves
-                    if mix:
-                        values = [mixed(mix, *pair) for pair in zip(values, flatten(own).leaves, strict=True)]
+                    values = flatten(combine(partial(mixed, mix), changed, own) if mix else changed).leaves
                     target = places_of(params, request, part, ties, donate=donate)
                     params = with_values(target, values, ties, [piece.place for piece in part])
                 return params, anchors, memories, sent, kept
@@ -230,8 +232,7 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
             return run
 
         def take_anchors(everything: Any) -> Any:
-            params = everything[0]
-            return params, *anchored(step, params, weight)
+            return everything[0], *anchored(step, everything[0], weight)
 
         def of_fragment(k: int, params: Any) -> tuple[Request, list[Piece], dict[int, int]]:
             request = described(params, where, ties=not traced)
@@ -245,13 +246,16 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
                 request = described(params, where, ties=not traced)
                 cut = cutter.cut(state.anchor, state.sent if delay else None, request)
             if again:
-                k, begun = again
+                k, sent_at = again
                 way = travel(k, state.anchor[k], ties_of(request, cut.parts[k]))
-                way.begin(state.sent, state.weight, begun, traced=False)
-            idle: Callable[[Any], Any] = lambda everything: everything  # noqa: E731
-            sends = map(send, range(count)) if delay else [idle] * count
-            branches = [idle, *sends, *map(apply, range(count)), take_anchors]
+                way.begin(state.sent, state.weight, sent_at, traced=False)
+            sends = map(send, range(count)) if delay else [_idle] * count
+            branches = [_idle, *sends, *map(apply, range(count)), take_anchors]
             everything = choose(index, branches[: None if warmup else -1], (params, *state[1:]))
             return everything[0], StreamingState(step + 1, *everything[1:])
 
     return Averager(init, update)
+
+
+def _idle(everything: Any) -> Any:
+    return everything

@@ -36,6 +36,11 @@ class Travel:
     forms: Sequence[Form]  # of its leaves, none of which may be kept: programs are
     ties: Mapping[int, int]  # which of them are others again, and need not travel
 
+    @property
+    def title(self) -> str:
+        """What is averaged, for the log."""
+        return f"{self.who}, {self.options.about.partition(',')[0]}"
+
     def lost(self, sent: Vectors, kept: Any, step: int) -> bool:
         """Say whether it must be begun again, who was sent after a step: this is another process than then."""
         return not is_under_way(list(sent.values()), self.group, self.options_at(kept, step))
@@ -65,9 +70,7 @@ class Travel:
 
     def _land(self, sent: Vectors, kept: Any, step: Any) -> list[Any]:
         now = self.options_at(kept, int(step) - self.delay)
-        name = self.options.about.partition(",")[0]
-        what = f"{self.who}, {name}: step {int(step)}"
-        return land(list(sent.values()), self._on_host(sent), self.group, now, what)
+        return land(list(sent.values()), self._on_host(sent), self.group, now, f"{self.title}: step {int(step)}")
 
     def _on_host(self, vectors: Vectors) -> list[Any]:
         """Return the pieces where they can travel while an accelerator computes, and in a thread that calls no JAX."""

@@ -8,9 +8,10 @@ from helpers.frameworks import jnp, torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from funcavg import stacked, streaming_diloco
+from funcavg import FuncavgError, average, stacked, streaming_diloco
 from funcavg.averagers._fragments import Size, Timetable, cut_by_number
 from funcavg.collectives import Solo
+from funcavg.testing import run_ranks
 
 
 def smallest_largest(nbytes, count):
@@ -98,6 +99,19 @@ def test_a_leaf_that_no_predicate_accepts_and_one_that_accepts_none():
     averager = streaming_diloco(4, fragments=[lambda path: True, lambda path: "w" in path], group=Solo())
     with pytest.raises(ValueError, match=r"fragment 1 of 2 \(<function .*\) accepts none of the 2 averaged leaves"):
         averager.init(tree)
+
+
+def test_a_predicate_that_fails_on_one_rank_fails_on_all():
+    def fn(group):
+        def accepts(path):
+            return path[0] if group.rank == 0 else 1 / 0
+
+        averager = streaming_diloco(4, fragments=[accepts], group=group, timeout=20)
+        with pytest.raises((ZeroDivisionError, FuncavgError), match="division by zero"):
+            averager.init({"a": np.zeros(2)})
+        return average(float(group.rank), group)
+
+    assert run_ranks(2, fn) == [0.5, 0.5]
 
 
 def test_when():

@@ -19,7 +19,7 @@ from test_checkpoints import with_numpy, with_numpy_into_jax, with_numpy_into_te
 
 from funcavg import diloco, outer, streaming_diloco
 from funcavg.averagers import _flights
-from funcavg.collectives import Solo, as_collective
+from funcavg.collectives import Solo
 from funcavg.testing import run_ranks
 
 WEIGHTS = [1.0, 0.0, 2.5]
@@ -291,13 +291,11 @@ def test_with_orbax(tmp_path):
     run_ranks(1, fn)
 
 
-def steps_saved(rank, folder, kill_after):
+def steps_saved(rank, folder, kill_after, group=None):
     """Train over Gloo, from the last step that all ranks have saved; die after a step."""
     last = min(len(list(folder.glob(f"{r} *"))) for r in range(2)) - 1
-    torch.manual_seed(rank)
-    group, rule = as_collective(), sgd_of_torch
     restore = None if last < 0 else pickle.loads((folder / f"{rank} {last:02}").read_bytes())
-    averager = RESUMED.averager(None, outer=rule)
+    averager = RESUMED.averager(group, outer=sgd_of_torch)
     params = {"theta": torch.tensor(STARTS[rank])}
     params, state = (params, averager.init(params)) if restore is None else restore
     while True:
@@ -310,13 +308,13 @@ def steps_saved(rank, folder, kill_after):
         if state.step == STEPS:
             return bits((params, state))
         theta = params["theta"] - RATE * averaging.gradient(params["theta"], rank, torch.tensor)
-        params, state = averager.update({"theta": theta}, state, weight=1.0 + group.rank)
+        params, state = averager.update({"theta": theta}, state, weight=1.0 + rank)
 
 
 def test_all_ranks_are_killed_and_go_on_to_the_same_bits(tmp_path):
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
-    whole = run_processes(2, steps_saved, tmp_path / "whole", None)
+    whole = run_ranks(2, lambda group: steps_saved(group.rank, tmp_path / "whole", None, group))
     for step in (2, 4, 8):  # a fragment is under way, sent and not looked at since; and nothing is
         run_processes(2, steps_saved, tmp_path / "killed", step, dies=(0, 1))
     assert run_processes(2, steps_saved, tmp_path / "killed", None) == whole

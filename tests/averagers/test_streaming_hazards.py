@@ -22,7 +22,7 @@ from test_streaming import nothing_is_left  # noqa: F401  # for every test of th
 
 from funcavg import PeerLostError, TreeMismatchError, average, diloco, outer, stacked, start_average, streaming_diloco
 from funcavg.averagers import _flights
-from funcavg.collectives import Solo
+from funcavg.collectives import Solo, as_collective
 from funcavg.collectives.threads import Threads
 from funcavg.testing import run_ranks
 
@@ -73,28 +73,45 @@ def test_training_goes_on_while_fragments_travel_and_no_step_sends_much():
     assert all(burst <= 1.1 / 2 * most for (_, burst), (_, most) in zip(ours, whole, strict=True))
 
 
-def gloo_or_mpi(comm, settings, options):
-    from funcavg.collectives import as_collective
-
+def gloo_or_mpi(comm, settings):
+    if isinstance(comm, int):
+        with_dtensors(comm)
     group = as_collective(None if isinstance(comm, int) else comm)
     framework = "torch" if isinstance(comm, int) else "numpy"
-    return train(settings.averager(group, **options), group, framework, 14)
+    return train(settings.averager(group), group, framework, 14)
 
 
 SETTINGS = Streaming(6, 2, delay=2, mix=0.25)
 
 
-def over_threads(options, framework):
-    return run_ranks(2, lambda group: train(SETTINGS.averager(group, **options), group, framework, 14))
+def with_dtensors(rank):
+    """Which are not cut, and whose local parts travel."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh, ends = init_device_mesh("cpu", (2,)), []
+    for wrap in (lambda leaf: DTensor.from_local(leaf, mesh, [Replicate()], run_check=False), lambda leaf: leaf):
+        averager = streaming_diloco(4, fragments=[lambda path: path[0] == "w", lambda path: True], delay=1, mix=0.5)
+        params = {"w": wrap(torch.full((4, 3), float(rank))), "b": torch.zeros(3)}
+        state = averager.init(params)
+        for _ in range(4):
+            params, state = averager.update({name: leaf + 1 + rank for name, leaf in params.items()}, state)
+        assert type(params["w"]) is type(wrap(torch.zeros(3))) is type(state.anchor[0]["w"])
+        ends.append(params["w"].to_local() if isinstance(params["w"], DTensor) else params["w"])
+    assert torch.equal(*ends)
+
+
+def over_threads(framework):
+    return run_ranks(2, lambda group: train(SETTINGS.averager(group), group, framework, 14))
 
 
 def test_over_gloo():
-    same(run_processes(2, gloo_or_mpi, SETTINGS, {}), over_threads({}, "torch"))
+    same(run_processes(2, gloo_or_mpi, SETTINGS), over_threads("torch"))
 
 
 @pytest.mark.mpi
 def test_over_mpi():
-    same(mpi.run_mpi(2, gloo_or_mpi, SETTINGS, {}), over_threads({}, "numpy"))
+    same(mpi.run_mpi(2, gloo_or_mpi, SETTINGS), over_threads("numpy"))
 
 
 @pytest.mark.parametrize("delay", [0, 2])
