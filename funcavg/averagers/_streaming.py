@@ -155,15 +155,11 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
         with without_grad():
             if not takes_part(group):
                 return StreamingState(0, None, None, None, None)
-<<<<<<< HEAD
-            with failing_everywhere(group, options, others_wait=True):
-                check_wire(wire, group, NAME)
-=======
             if not is_local(group):
                 forget(group)
             with failing_everywhere(group, options, others_wait=True):
+                check_wire(wire, group, NAME)
                 cutter.parts_of(described(params, where, ties=not has_tracers(params)))
->>>>>>> 6479234f7abf297258e428174141cf43d070014e
             return StreamingState(0, *anchored(0, params))
 
     def anchored(step: Any, params: Any, weight: Any = None) -> tuple[Any, ...]:

@@ -101,6 +101,13 @@ def test_a_leaf_that_no_predicate_accepts_and_one_that_accepts_none():
         averager.init(tree)
 
 
+def test_a_wire_that_cannot_be_is_refused_by_init():
+    with pytest.raises(ValueError, match="wire must be one of .* got 'int9'"):
+        streaming_diloco(4, fragments=1, group=Solo(), wire="int9").init({"a": np.zeros(2)})
+    with pytest.raises(ValueError, match="streaming_diloco: wire='int8' is for groups of processes"):
+        streaming_diloco(4, fragments=1, group=stacked(), wire="int8").init({"a": np.zeros((2, 2))})
+
+
 def test_a_predicate_that_fails_on_one_rank_fails_on_all():
     def fn(group):
         def accepts(path):
@@ -143,8 +150,6 @@ def test_when():
         ({"mix": 1.5}, ValueError, "mix must be at least 0 and at most 1, got 1.5"),
         ({"mix": "half"}, TypeError, "mix must be a number, got 'half' of type str"),
         ({"outer": 3}, TypeError, "outer must be of funcavg.outer, an optax transform, or a function"),
-        ({"wire": "int9"}, ValueError, "int9"),
-        ({"wire": "int8", "group": stacked()}, ValueError, "streaming_diloco: wire='int8' is for groups of processes"),
         ({"timeout": 0}, ValueError, "streaming_diloco: timeout must be positive"),
     ],
 )
