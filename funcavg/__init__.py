@@ -2,8 +2,8 @@
 
 When: `should_average`. What: `average`, `start_average`; `broadcast` and `differences` of replicas; `mean` of several
 trees in one process; `furthest` and `forget` after a loss. With whom: `Collective`, `stacked` and
-`funcavg.collectives`. How, over a training run: `periodic`, `hierarchical`, and `diloco`
-with its optimizers in `funcavg.outer`; each makes an `Averager`. For classic loops: `PeriodicModelAverager` and its
+`funcavg.collectives`. How, over a training run: `periodic`, `hierarchical`, `diloco` and `streaming_diloco`
+with their optimizers in `funcavg.outer`; each makes an `Averager`. For classic loops: `PeriodicModelAverager` and its
 kin, which need torch. These two are imported when first asked for.
 """
 
