@@ -17,7 +17,7 @@ import numpy as np
 from funcavg._average import average_with, start_with
 from funcavg._engine import Handle
 from funcavg._trees import Options, family_of
-from funcavg.averagers._base import log_synchronisation
+from funcavg.averagers._base import is_local, log_synchronisation
 from funcavg.collectives import as_collective
 
 __all__ = ["begin", "forget", "is_under_way", "land"]
@@ -63,8 +63,8 @@ def _end(key: int) -> None:
 
 def forget(group: Any) -> None:
     """Wait for what a run has begun that was given up, if there is such, so that the group can be used again."""
-    key = id(as_collective(group))
-    if (flight := _UNDER_WAY.get(key)) is not None:
+    key = None if is_local(group) else id(as_collective(group))
+    if key is not None and (flight := _UNDER_WAY.get(key)) is not None:
         with contextlib.suppress(Exception):  # that run's; if the group is lost, the next call says so
             flight.handle.wait()
         del _UNDER_WAY[key]

@@ -11,7 +11,7 @@ import numpy as np
 
 from funcavg import outer as outer_optimizers
 from funcavg._schedule import check_schedule
-from funcavg._trees import Options, Request, Timeout, Where, combine, flatten
+from funcavg._trees import Options, Timeout, Where, combine, flatten
 from funcavg.averagers._base import (
     Averager,
     choose,
@@ -25,7 +25,7 @@ from funcavg.averagers._base import (
 )
 from funcavg.averagers._cutting import Cutter, local, pieces_of, places_of, ties_of
 from funcavg.averagers._flights import forget
-from funcavg.averagers._fragments import Path, Piece, Timetable, check_fragments
+from funcavg.averagers._fragments import Timetable, check_fragments
 from funcavg.averagers._outer_step import agreed_ties, check_wire, has_tracers, mixed, tied, with_values
 from funcavg.averagers._packing import empty, forms_of, pack, unpack
 from funcavg.averagers._travel import Travel, in_place_of, kept_weight
@@ -51,7 +51,7 @@ class StreamingState(NamedTuple):
 def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
     period: int,
     *,
-    fragments: int | Sequence[Callable[[Path], Any]],
+    fragments: int | Sequence[Callable[[tuple[Any, ...]], Any]],
     delay: int = 0,
     mix: float = 0.0,
     outer: Any = outer_optimizers.nesterov(0.7, 0.9),  # noqa: B008  # immutable
@@ -147,16 +147,15 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
     chosen, delay, mix = check_fragments(fragments, period, delay, mix)
     options = Options(timeout=timeout).checked(NAME)
     optimizer = outer_optimizers.as_outer(outer)
-    count = chosen if isinstance(chosen, int) else len(chosen)
-    table, cutter = Timetable(period, count, delay, warmup), Cutter(chosen, group, NAME)
+    cutter, count = Cutter(chosen, group, NAME), chosen if isinstance(chosen, int) else len(chosen)
+    table = Timetable(period, count, delay, warmup)
     plan = f"of {count}, period {period}, delay {delay}"
 
     def init(params: Any) -> StreamingState:
         with without_grad():
             if not takes_part(group):
                 return StreamingState(0, None, None, None, None)
-            if not is_local(group):
-                forget(group)
+            forget(group)
             with failing_everywhere(group, options, others_wait=True):
                 check_wire(wire, group, NAME)
                 cutter.parts_of(described(params, where, ties=not has_tracers(params)))
@@ -183,12 +182,12 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
         def send(k: int) -> Callable[[Any], Any]:
             def run(everything: Any) -> Any:
                 params, anchors, memories, sent, kept = everything
-                request, part, ties = of_fragment(k, params)
+                request, part = described(params, where, ties=not traced), cut.parts[k]
                 with failing_everywhere(group, options, others_wait=True):
                     changes = combine(lambda old, new: old - new, anchors[k], pieces_of(request, part))
                     sent = pack(local(flatten(changes).leaves), sent)
                     kept = kept if is_local(group) else kept_weight(weight, kept)
-                way = travel(k, anchors[k], ties)
+                way = travel(k, anchors[k], ties_of(request, part))
                 if is_local(group):
                     now = replace(way.options, weight=weight)
                     sent = pack(synchronise(unpack(sent, way.forms), group, now, method=way.title, step=step), sent)
@@ -201,7 +200,8 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
         def apply(k: int) -> Callable[[Any], Any]:
             def run(everything: Any) -> Any:
                 params, anchors, memories, sent, kept = everything
-                request, part, ties = of_fragment(k, params)
+                request, part = described(params, where, ties=not traced), cut.parts[k]
+                ties = ties_of(request, part)
                 with failing_everywhere(group, options, others_wait=True):
                     places_of(params, request, part, None, donate=donate and mix < 1)
                     own = pieces_of(request, part)
@@ -230,28 +230,20 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
         def take_anchors(everything: Any) -> Any:
             return everything[0], *anchored(step, everything[0], weight)
 
-        def of_fragment(k: int, params: Any) -> tuple[Request, list[Piece], dict[int, int]]:
-            request = described(params, where, ties=not traced)
-            return request, cut.parts[k], ties_of(request, cut.parts[k])
-
         with without_grad():
             again = None if traced or is_local(group) or not delay else table.under_way(int(step))
             if again and not travel(again[0]).lost(state.sent, state.weight, again[1]):
                 again = None
             with failing_everywhere(group, options, others_wait=True if again else index):
-                request = described(params, where, ties=not traced)
-                cut = cutter.cut(state.anchor, state.sent if delay else None, request)
+                cut = cutter.cut(state.anchor, state.sent if delay else None, described(params, where))
             if again:
                 k, sent_at = again
-                way = travel(k, state.anchor[k], ties_of(request, cut.parts[k]))
+                way = travel(k, state.anchor[k], ties_of(described(params, where, ties=True), cut.parts[k]))
                 way.begin(state.sent, state.weight, sent_at, traced=False)
-            sends = map(send, range(count)) if delay else [_idle] * count
-            branches = [_idle, *sends, *map(apply, range(count)), take_anchors]
+            nothing: list[Callable[[Any], Any]] = [lambda everything: everything]
+            sends = map(send, range(count)) if delay else nothing * count
+            branches = [*nothing, *sends, *map(apply, range(count)), take_anchors]
             everything = choose(index, branches[: None if warmup else -1], (params, *state[1:]))
             return everything[0], StreamingState(step + 1, *everything[1:])
 
     return Averager(init, update)
-
-
-def _idle(everything: Any) -> Any:
-    return everything

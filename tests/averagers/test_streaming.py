@@ -291,6 +291,17 @@ def test_with_orbax(tmp_path):
     run_ranks(1, fn)
 
 
+def test_what_was_under_way_is_begun_again_by_the_first_update_that_does_not_need_it():
+    settings = Streaming(6, 1, delay=4)
+
+    def fn(group, restore, steps):
+        after = two_fragments(group, settings, restore, steps)
+        return after, id(group) in _flights._UNDER_WAY
+
+    saved = run_ranks(2, lambda group: fn(group, None, 3))
+    assert run_ranks(2, lambda group: fn(group, saved[group.rank][0], 4)[1]) == [True, True]
+
+
 def steps_saved(rank, folder, kill_after, group=None):
     """Train over Gloo, from the last step that all ranks have saved; die after a step."""
     last = min(len(list(folder.glob(f"{r} *"))) for r in range(2)) - 1

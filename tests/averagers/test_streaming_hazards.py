@@ -47,7 +47,7 @@ class Slow(Threads):
 
 def test_training_goes_on_while_fragments_travel_and_no_step_sends_much():
     """Over a link so slow that `diloco` computes 60 % of the time; 8 steps from one fragment to the next."""
-    period, step, nbytes = 16, 0.02, 1 << 20
+    period, step, nbytes = 16, 0.03, 1 << 20
     rate = nbytes / (period * step * 0.4 / 0.6)
 
     def fn(group, make, steps):
@@ -64,13 +64,21 @@ def test_training_goes_on_while_fragments_travel_and_no_step_sends_much():
             bursts.append(group.bytes_sent - sent)
         return computing / (time.monotonic() - begin), max(bursts)
 
-    whole = run_ranks(2, lambda g: fn(g, lambda g: diloco(period, group=g), 2 * period))
-    ours = run_ranks(
-        2, lambda g: fn(g, lambda g: streaming_diloco(period, fragments=2, delay=6, group=g), 2 * period + 1)
-    )
-    assert all(0.5 < share < 0.65 for share, _ in whole), whole
-    assert all(share > 0.9 for share, _ in ours), ours  # 0.97 where nobody else computes
-    assert all(burst <= 1.1 / 2 * most for (_, burst), (_, most) in zip(ours, whole, strict=True))
+    def plain(group):
+        return diloco(period, group=group)
+
+    def streaming(group):
+        return streaming_diloco(period, fragments=2, delay=7, group=group)
+
+    for _ in range(3):  # other processes may want the cores, too
+        whole = run_ranks(2, lambda group: fn(group, plain, 2 * period))
+        ours = run_ranks(2, lambda group: fn(group, streaming, 2 * period + 1))
+        assert all(burst <= 1.1 / 2 * most for (_, burst), (_, most) in zip(ours, whole, strict=True))
+        shares = [share for share, _ in whole], [share for share, _ in ours]
+        if max(shares[0]) < 0.65 and min(shares[1]) > 0.93:
+            break
+    assert max(shares[0]) < 0.65, shares
+    assert min(shares[1]) > 0.93, shares  # 0.97 where nobody else computes
 
 
 def gloo_or_mpi(comm, settings):
@@ -293,6 +301,7 @@ params = torch.ones(1000)
 state = averager.init(params)
 for _ in range(2):
     params, state = averager.update(params, state)
+dist.barrier()
 if "destroy" in sys.argv:
     dist.destroy_process_group()
 """
