@@ -1,5 +1,6 @@
 """The MPI job trains, can be killed and resumed without losing a bit, and says in one line what is wrong."""
 
+import io
 import re
 import subprocess
 import time
@@ -8,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import mpi
+
+from funcavg.averagers import StreamingState
+from funcavg.outer import MomentumState
 
 pytestmark = pytest.mark.mpi
 ROOT = Path(__file__).parents[2]
@@ -41,9 +45,12 @@ def whole(tmp_path_factory):
     return done.stdout, done.stderr, torch.load(folder / "model.pt", weights_only=True), folder / "curves.png"
 
 
-def die_after_a_checkpoint(path):
+def die_after_a_checkpoint(path, *args):
     """Kill a job as soon as it has saved something."""
-    job, deadline = start(2, *SHORT, "--checkpoint", path, "--plot", path.with_suffix(".png")), time.monotonic() + 50
+    job, deadline = (
+        start(2, *SHORT, *args, "--checkpoint", path, "--plot", path.with_suffix(".png")),
+        time.monotonic() + 50,
+    )
     try:
         while not path.exists():
             assert job.poll() is None
@@ -103,6 +110,35 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_bits(whole, tmp_path):
 
     again = mpiexec(2, *SHORT, "--checkpoint", path, "--plot", path.with_suffix(".png"))  # there is nothing left to do
     assert (again.returncode, table(again.stdout)) == (0, table(whole[0]))
+
+
+def final(path):
+    """Return the step of a checkpoint, and the parameters of either rank."""
+    found = torch.load(path, weights_only=True)
+    with torch.serialization.safe_globals([StreamingState, MomentumState]):
+        states = [torch.load(io.BytesIO(file.numpy().tobytes()), weights_only=True) for file in found["state"]]
+    return found["step"], [state["params"] for state in states]
+
+
+def test_streaming_is_killed_and_ends_with_the_same_bits(tmp_path):
+    method, whole, path = ("--method", "streaming"), tmp_path / "whole.pt", tmp_path / "model.pt"
+    done = mpiexec(2, *SHORT, *method, "--checkpoint", whole, "--plot", tmp_path / "curves.png")
+    assert done.returncode == 0, done.stderr
+    assert "streaming DiLoCo" in done.stdout
+    for _ in range(3):
+        die_after_a_checkpoint(path, *method)
+        if (first := final(path)[0]) < STEPS:
+            break
+        path.unlink()
+    assert 20 <= first < STEPS
+    done = mpiexec(2, *SHORT, *method, "--checkpoint", path, "--plot", tmp_path / "curves.png")
+    assert done.returncode == 0, done.stderr
+    assert f"| {first}/{STEPS} [" in done.stderr
+    (steps, expected), (_, resumed) = final(whole), final(path)
+    assert steps == STEPS
+    for one, other in zip(expected, resumed, strict=True):
+        assert all(torch.equal(other[name], leaf) for name, leaf in one.items())
+    assert all(torch.equal(expected[1][name], leaf) for name, leaf in expected[0].items())  # the end is an average
 
 
 def lines(done):
