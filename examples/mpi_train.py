@@ -95,7 +95,8 @@ def train(args: argparse.Namespace) -> None:
         fires = fires or ends
         log["averagings"] += in_warmup + fires
         bar.update()
-        # Between two averages ranks hold different parameters: a checkpoint waits for the next one. (In streaming DiLoCo
+        # Between two averages ranks hold different parameters: a checkpoint waits for the next one. (In streaming
+        # DiLoCo
         # they always do, and each rank's state is saved, with what is under way.)
         if (in_warmup or fires) and (ends or (step + 1) // args.every > saved // args.every):
             saved = step + 1
