@@ -1,8 +1,11 @@
 """start_average: the same engine, in the background."""
 
+import contextlib
+import gc
 import signal
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -90,6 +93,22 @@ def test_a_peer_that_never_comes():
             time.sleep(0.6)
 
     run_ranks(2, fn)
+
+
+def test_a_handle_does_not_keep_the_group_nor_does_its_error():
+    def fn(group):
+        handle = start_average([np.ones(3 + group.rank * fails)], group, timeout=5)
+        while not handle.done():
+            time.sleep(0.01)
+        return handle, weakref.ref(group)
+
+    for fails in (0, 1):
+        handles, groups = zip(*run_ranks(2, fn), strict=True)
+        gc.collect()
+        assert [group() for group in groups] == [None, None]
+        for handle in handles:
+            with pytest.raises(TreeMismatchError) if fails else contextlib.nullcontext():
+                handle.wait()
 
 
 def test_a_dropped_handle_warns_and_frees_the_group():
