@@ -138,7 +138,7 @@ def measure(hosts: Sequence[str], names: Sequence[str]) -> dict[str, Row]:
         sent = [statistics.median(turn["sent"] for turn in member) for member in (members[0], members[-1])]
         every = [turn for member in members for turn in member]
         is_right = all(turn["is_mean"] for turn in every) and len({turn["digest"] for turn in every}) == 1
-        rows[name] = Row(statistics.median(slowest), sent, is_right, max(turn["error"] for turn in every))
+        rows[name] = Row(statistics.median(slowest), sent, is_right, max(turn["nmse"] for turn in every))
     return rows
 
 
@@ -177,7 +177,7 @@ def judge(tree: dict[str, torch.Tensor], ranks: Sequence[int], wire: str | None 
     nmse = (error.square().mean() / mean.square().mean()).item()
     if wire is not None:
         is_mean = nmse <= ERRORS[wire]
-    return {"is_mean": is_mean, "error": nmse, "digest": hashlib.blake2b(flat.numpy().data).hexdigest()}
+    return {"is_mean": is_mean, "nmse": nmse, "digest": hashlib.blake2b(flat.numpy().data).hexdigest()}
 
 
 def time_averages(rank: int, _: dist.Store, *names: str) -> dict[str, list[dict[str, Any]]]:
