@@ -54,6 +54,11 @@ class Handle(Generic[T]):
         flight = self._flight
         return flight is None or flight.landed()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether somebody has waited for the result."""
+        return self._flight is None
+
     def drop(self) -> None:
         """Give up the result, and any error: as who drops the handle does, but without a warning."""
         flight, self._flight = self._flight, None

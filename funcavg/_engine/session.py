@@ -41,6 +41,7 @@ class Session:
         self._pid = os.getpid()
         self._spent: str | None = None
         self._busy_with, self._cure = "", ""
+        self.let_go: Callable[[], None] | None = None  # ends what an averager has under way, for `forget`
         self._slots: dict[str, Any] = {}
         self._node: Node | None = None
         self._begin_anew()
@@ -87,7 +88,8 @@ class Session:
             self._lock.release()
             raise
         self._busy_with = f"{what} ({about})" if about else what
-        self._cure = "go on to the update that applies it" if about else "wait for its handle"
+        self._cure = "go on to the update that applies it, or funcavg.forget(group) on all ranks," if about else ""
+        self._cure = self._cure or "wait for its handle"
 
     def _refuse_in_a_fork(self, what: str) -> None:
         if self._pid != os.getpid() and self._size > 1:
@@ -136,6 +138,8 @@ class Session:
         """Begin anew, on all ranks alike."""
         collective: Any = self._collective()
         self._refuse_in_a_fork("forget")
+        if self.let_go is not None:
+            self.let_go()
         if not self._lock.acquire(blocking=False):
             raise RuntimeError(f"forget: {self._busy_with} is still under way on this group: {self._cure} first.")
         try:

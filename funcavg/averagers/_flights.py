@@ -10,12 +10,13 @@ import contextlib
 import time
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from funcavg._average import average_with, start_with
-from funcavg._engine import Handle
+from funcavg._engine import Handle, session_of
 from funcavg._trees import Options, family_of
 from funcavg.averagers._base import is_local, log_synchronisation
 from funcavg.collectives import as_collective
@@ -24,35 +25,49 @@ __all__ = ["begin", "forget", "is_under_way", "land"]
 
 
 class _Flight(NamedTuple):
+    """It is kept until the next one begins, also when it has landed: an update may be repeated."""
+
+    owner: object  # the averager that has begun it
     vectors: Sequence[Any]  # what was sent
     about: str  # and which fragment it is, of which step: ranks that hold equal vectors by chance do as the others
     handle: Handle[Any]
     sent: int  # bytes that this rank had sent before
 
-    def is_of(self, vectors: Sequence[Any], about: str) -> bool:
-        """Say whether these very bits are under way."""
-        return self.about == about and _are_same(self.vectors, vectors)
+    def is_of(self, owner: object, vectors: Sequence[Any], about: str) -> bool:
+        """Say whether these very bits are under way, or have landed."""
+        return self.owner is owner and self.about == about and _are_same(self.vectors, vectors)
+
+    @property
+    def has_landed(self) -> bool:
+        """Whether somebody has waited for it, so that the group is free."""
+        return self.handle.is_over
 
 
 _UNDER_WAY: dict[int, _Flight] = {}  # by the collective's id: it need not be hashable
 _KNOWN: set[int] = set()  # collectives with whose end it is forgotten
 
 
-def begin(vectors: Sequence[Any], pieces: Sequence[Any], group: Any, options: Options, who: str) -> None:
+def begin(  # noqa: PLR0913  # private: what a flight is
+    owner: object, vectors: Sequence[Any], pieces: Sequence[Any], group: Any, options: Options, who: str
+) -> None:
     """Start to average ``pieces``, arrays in the memory of ``vectors``, neither of which may change until they land.
 
     Where a group's work is done by whoever waits for it, and where it is of one, nothing is begun.
     """
     collective: Any = as_collective(group)
     key = id(collective)
-    forget(group)
+    if (flight := _UNDER_WAY.get(key)) is not None and flight.is_of(owner, vectors, options.about):
+        return  # this update is repeated
+    forget(owner, group)
     if collective.size == 1 or getattr(collective, "in_callers_thread", False):
         return
     if key not in _KNOWN:
         _KNOWN.add(key)
         weakref.finalize(collective, _end, key)
+        session_of(collective).let_go = partial(_let_go, key)
     sent = _bytes_sent(collective)
-    _UNDER_WAY[key] = _Flight(vectors, options.about, start_with(options, list(pieces), group, who), sent)
+    handle = start_with(options, list(pieces), group, who)  # refuses if another averager's is under way
+    _UNDER_WAY[key] = _Flight(owner, vectors, options.about, handle, sent)
 
 
 def _end(key: int) -> None:
@@ -61,43 +76,51 @@ def _end(key: int) -> None:
         flight.handle.drop()
 
 
-def forget(group: Any) -> None:
-    """Wait for what a run has begun that was given up, if there is such, so that the group can be used again."""
-    key = None if is_local(group) else id(as_collective(group))
-    if key is not None and (flight := _UNDER_WAY.get(key)) is not None:
+def _let_go(key: int) -> None:
+    """Wait for what is under way, whatever comes of it, and forget it."""
+    if (flight := _UNDER_WAY.get(key)) is not None:
         with contextlib.suppress(Exception):  # that run's; if the group is lost, the next call says so
             flight.handle.wait()
         del _UNDER_WAY[key]
 
 
-def is_under_way(vectors: Sequence[Any], group: Any, options: Options) -> bool:
+def forget(owner: object, group: Any) -> None:
+    """Let go of what an earlier run of this averager has begun, if there is such, so that the group can be used."""
+    key = None if is_local(group) else id(as_collective(group))
+    if key is not None and (flight := _UNDER_WAY.get(key)) is not None and (flight.owner is owner or flight.has_landed):
+        _let_go(key)
+
+
+def is_under_way(owner: object, vectors: Sequence[Any], group: Any, options: Options) -> bool:
     """Say whether these very bits are, or will be averaged by whoever waits for them."""
     collective: Any = as_collective(group)
     if collective.size == 1 or getattr(collective, "in_callers_thread", False):
         return True
     flight = _UNDER_WAY.get(id(collective))
-    return flight is not None and flight.is_of(vectors, options.about)
+    return flight is not None and flight.is_of(owner, vectors, options.about)
 
 
-def land(vectors: Sequence[Any], pieces: Sequence[Any], group: Any, options: Options, what: str) -> list[Any]:
+def land(  # noqa: PLR0913  # as `begin`
+    owner: object, vectors: Sequence[Any], pieces: Sequence[Any], group: Any, options: Options, what: str
+) -> list[Any]:
     """Return the means of ``pieces``, of which the average may have begun; log that ``what`` has been averaged."""
     collective: Any = as_collective(group)
-    key, start = id(collective), time.perf_counter()
-    flight = _UNDER_WAY.get(key)
-    if flight is not None and not flight.is_of(vectors, options.about):
-        forget(group)
+    start, flight = time.perf_counter(), _UNDER_WAY.get(id(collective))
+    if flight is not None and not flight.is_of(owner, vectors, options.about):
+        forget(owner, group)
         flight = None
     if flight is None:
         sent = _bytes_sent(collective)
         means = average_with(options, list(pieces), group)
     else:
-        sent = flight.sent
+        sent, landed_before = flight.sent, flight.has_landed
         try:
             means = flight.handle.wait()
         except Exception:
-            del _UNDER_WAY[key]
+            del _UNDER_WAY[id(collective)]
             raise  # what interrupts, such as Ctrl-C, leaves it under way
-        del _UNDER_WAY[key]
+        if landed_before:  # this update is repeated
+            return list(means)
     sent, seconds = _bytes_sent(collective) - sent, time.perf_counter() - start
     log_synchronisation(what, len(pieces), options, sent, f"{seconds:.6f} seconds waited")
     return list(means)

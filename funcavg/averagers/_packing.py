@@ -27,62 +27,83 @@ class Form(NamedTuple):
 
 
 def kind_of(leaf: Any) -> str:
-    """Return what leaves have in common that share a vector: who makes them, and their dtype."""
-    module = type(leaf).__module__.partition(".")[0]
-    if is_jax(leaf):
-        return f"jax {leaf.dtype}"
-    if module == "torch":
+    """Return what leaves have in common that share a vector: their dtype, and whether they are torch's."""
+    if type(leaf).__module__.partition(".")[0] == "torch":
         return str(leaf.dtype).replace(".", " ")
-    return f"numpy {np.asarray(leaf).dtype}"
+    return str(leaf.dtype if is_jax(leaf) else np.asarray(leaf).dtype)
+
+
+def _kinds(leaves: Sequence[Any]) -> dict[str, str]:
+    """Return, for the kind of each leaf, that of its vector: beside arrays of JAX's, what a program makes of it."""
+    if not any(map(is_jax, leaves)):
+        return {kind_of(leaf): kind_of(leaf) for leaf in leaves}
+    canonical = sys.modules["jax"].dtypes.canonicalize_dtype
+    return {
+        kind_of(leaf): str(canonical(np.asarray(leaf).dtype if not is_jax(leaf) else leaf.dtype)) for leaf in leaves
+    }
 
 
 def lengths_of(fragments: Sequence[Sequence[Any]]) -> Lengths:
     """Return how long each kind's vector is: as long as the fragment with the most of it."""
-    lengths: Lengths = {}
+    kinds = _kinds([leaf for leaves in fragments for leaf in leaves])
+    lengths: Lengths = dict.fromkeys(sorted(set(kinds.values())), 0)
     for leaves in fragments:
-        own: Lengths = {}
+        own = dict.fromkeys(lengths, 0)
         for leaf in leaves:
-            own[kind_of(leaf)] = own.get(kind_of(leaf), 0) + math.prod(np.shape(leaf))
-        lengths = {kind: max(lengths.get(kind, 0), own.get(kind, 0)) for kind in {**lengths, **own}}
-    return dict(sorted(lengths.items()))
+            own[kinds[kind_of(leaf)]] += math.prod(np.shape(leaf))
+        lengths = {kind: max(length, own[kind]) for kind, length in lengths.items()}
+    return lengths
 
 
 def empty(fragments: Sequence[Sequence[Any]]) -> dict[str, Any]:
-    """Return vectors of zeros for the largest of some fragments."""
-    kinds = {kind_of(leaf): leaf for leaves in fragments for leaf in leaves}
-    return {kind: _zeros(kinds[kind], length) for kind, length in lengths_of(fragments).items()}
+    """Return vectors of zeros for the largest of some fragments: JAX's, if there is an array of JAX's among them."""
+    everything = [leaf for leaves in fragments for leaf in leaves]
+    kinds, one = _kinds(everything), next(filter(is_jax, everything), None)
+    likes = {kinds[kind_of(leaf)]: leaf for leaf in everything}
+    likes |= {kinds[kind_of(leaf)]: leaf for leaf in everything if is_jax(leaf)}
+    return {kind: _zeros(kind, likes[kind], one, length) for kind, length in lengths_of(fragments).items()}
 
 
-def _zeros(like: Any, length: int) -> Any:
-    if is_jax(like):
-        return _concatenated(like, (), length)
-    if kind_of(like).startswith("torch"):
+def _zeros(kind: str, like: Any, one_of_jax: Any, length: int) -> Any:
+    if kind.startswith("torch"):
         return sys.modules["torch"].zeros(length, dtype=like.dtype)
-    return np.zeros(length, np.asarray(like).dtype)
+    if one_of_jax is None:
+        return np.zeros(length, np.asarray(like).dtype)
+    return _concatenated(like if is_jax(like) else sys.modules["jax"].numpy.zeros(0, kind), (), length)
 
 
 def _concatenated(like: Any, leaves: Sequence[Any], length: int) -> Any:
     """Return leaves in a vector, and zeros behind; in shard_map it varies over axes as ``like`` does."""
     numpy = sys.modules["jax"].numpy
-    rest = numpy.zeros(length - sum(math.prod(leaf.shape) for leaf in leaves), like.dtype)
-    return numpy.concatenate([like.ravel()[:0], *(leaf.ravel() for leaf in leaves), rest])
+    rest = numpy.zeros(length - sum(math.prod(np.shape(leaf)) for leaf in leaves), like.dtype)
+    own = [numpy.asarray(leaf, like.dtype).ravel() for leaf in leaves]
+    return numpy.concatenate([like.ravel()[:0], *own, rest])
 
 
 def pack(leaves: Sequence[Any], vectors: Mapping[str, Any]) -> dict[str, Any]:
     """Return new vectors, as long as these, that hold the leaves, and zeros behind."""
     packed = {}
+    kinds = [_kind_in(vectors, kind_of(leaf)) for leaf in leaves]
     for kind, vector in vectors.items():
-        own = [leaf for leaf in leaves if kind_of(leaf) == kind]
+        own = [leaf for leaf, of in zip(leaves, kinds, strict=True) if of == kind]
         if is_jax(vector):
             packed[kind] = _concatenated(vector, own, len(vector))
             continue
-        packed[kind] = _zeros(vector, len(vector))
+        is_torch = kind.startswith("torch")
+        packed[kind] = vector.new_zeros(len(vector)) if is_torch else np.zeros(len(vector), vector.dtype)
         begin = 0
         for leaf in own:
             end = begin + math.prod(np.shape(leaf))
             packed[kind][begin:end].reshape(np.shape(leaf))[...] = leaf
             begin = end
     return packed
+
+
+def _kind_in(vectors: Mapping[str, Any], kind: str) -> str:
+    """Return which vector holds leaves of a kind."""
+    if kind in vectors:
+        return kind
+    return str(sys.modules["jax"].dtypes.canonicalize_dtype(np.dtype(kind)))
 
 
 def forms_of(leaves: Sequence[Any]) -> list[Form]:
@@ -94,8 +115,9 @@ def unpack(vectors: Mapping[str, Any], forms: Sequence[Form]) -> list[Any]:
     """Return the leaves that lie in vectors, as views."""
     begins = dict.fromkeys(vectors, 0)
     leaves = []
-    for kind, shape in forms:
+    for form in forms:
+        kind = _kind_in(vectors, form.kind)
         begin = begins[kind]
-        begins[kind] += math.prod(shape)
-        leaves.append(vectors[kind][begin : begins[kind]].reshape(shape))
+        begins[kind] += math.prod(form.shape)
+        leaves.append(vectors[kind][begin : begins[kind]].reshape(form.shape))
     return leaves

@@ -155,7 +155,7 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
         with without_grad():
             if not takes_part(group):
                 return StreamingState(0, None, None, None, None)
-            forget(group)
+            forget(cutter, group)
             with failing_everywhere(group, options, others_wait=True):
                 check_wire(wire, group, NAME)
                 cutter.parts_of(described(params, where, ties=not has_tracers(params)))
@@ -171,7 +171,7 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
 
     def travel(k: int, anchor: Any = None, ties: Mapping[int, int] | None = None) -> Travel:
         now = replace(options, wire=wire, about=f"fragment {k} {plan}")
-        return Travel(NAME, group, now, delay, forms_of(local(flatten(anchor).leaves)), ties or {})
+        return Travel(NAME, cutter, group, now, delay, forms_of(local(flatten(anchor).leaves)), ties or {})
 
     def update(params: Any, state: StreamingState, *, weight: Any = None, donate: bool = False) -> Any:
         step = step_of(state)
@@ -217,7 +217,7 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
                     means = list(flatten(mean).leaves)
                 ties = agreed_ties(ties, means)
                 changed, memory = optimizer.step(mean, memories[k], anchors[k])
-                anchors = (*anchors[:k], changed, *anchors[k + 1 :])
+                anchors = cutter.same((*anchors[:k], changed, *anchors[k + 1 :]), cut)
                 memories = (*memories[:k], memory, *memories[k + 1 :])
                 if mix < 1:
                     values = flatten(combine(partial(mixed, mix), changed, own) if mix else changed).leaves

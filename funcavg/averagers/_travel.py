@@ -30,6 +30,7 @@ class Travel:
     """The way of one fragment."""
 
     who: str
+    owner: object  # the averager
     group: Any
     options: Options  # about this fragment
     delay: int
@@ -43,7 +44,7 @@ class Travel:
 
     def lost(self, sent: Vectors, kept: Any, step: int) -> bool:
         """Say whether it must be begun again, who was sent after a step: this is another process than then."""
-        return not is_under_way(list(sent.values()), self.group, self.options_at(kept, step))
+        return not is_under_way(self.owner, list(sent.values()), self.group, self.options_at(kept, step))
 
     def begin(self, sent: Vectors, kept: Any, step: Any, *, traced: bool) -> Vectors:
         """Begin, in the update of this step. Return what is sent."""
@@ -66,11 +67,13 @@ class Travel:
         return replace(self.options, weight=weight, about=f"{self.options.about}, sent at step {sent_at}")
 
     def _begin(self, sent: Vectors, kept: Any, step: Any) -> None:
-        begin(list(sent.values()), self._on_host(sent), self.group, self.options_at(kept, int(step)), self.who)
+        now = self.options_at(kept, int(step))
+        begin(self.owner, list(sent.values()), self._on_host(sent), self.group, now, self.who)
 
     def _land(self, sent: Vectors, kept: Any, step: Any) -> list[Any]:
         now = self.options_at(kept, int(step) - self.delay)
-        return land(list(sent.values()), self._on_host(sent), self.group, now, f"{self.title}: step {int(step)}")
+        what = f"{self.title}: step {int(step)}"
+        return land(self.owner, list(sent.values()), self._on_host(sent), self.group, now, what)
 
     def _on_host(self, vectors: Vectors) -> list[Any]:
         """Return the pieces where they can travel while an accelerator computes, and in a thread that calls no JAX."""
@@ -121,7 +124,9 @@ def _as(leaf: Any, value: Any) -> Any:
         return wrap_local_tensor(leaf, value.to(leaf.device))
     if hasattr(value, "to") and hasattr(leaf, "device"):
         return value.to(leaf.device)
-    return value if hasattr(leaf, "shape") and not isinstance(leaf, np.generic) else type(leaf)(value[()])
+    if isinstance(leaf, np.ndarray):
+        return value if has_tracers(value) else np.asarray(value, leaf.dtype)
+    return type(leaf)(value[()])
 
 
 def kept_weight(weight: Any, before: Any) -> Any:

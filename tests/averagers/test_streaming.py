@@ -93,8 +93,7 @@ def nothing_is_left():
     while flying() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert flying() == []
-    assert _flights._UNDER_WAY == {}
-    assert set() == _flights._KNOWN
+    assert [flight for flight in _flights._UNDER_WAY.values() if not flight.has_landed] == []
 
 
 def flying():
