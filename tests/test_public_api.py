@@ -33,13 +33,14 @@ NAMES = [
     "should_average",
     "stacked",
     "start_average",
+    "streaming_diloco",
 ]
 
 
 MODULES = {
     "averagers": [
-        *("Averager", "DiLoCoState", "HierarchicalState", "InitFn", "PeriodicState", "UpdateFn"),
-        *("diloco", "hierarchical", "periodic"),
+        *("Averager", "DiLoCoState", "HierarchicalState", "InitFn", "PeriodicState", "StreamingState", "UpdateFn"),
+        *("diloco", "hierarchical", "periodic", "streaming_diloco"),
     ],
     "collectives": ["Collective", "Solo", "as_collective", "default_group", "is_outside", "launched_ranks"],
     "outer": ["MomentumState", "Outer", "as_outer", "nesterov", "sgd"],

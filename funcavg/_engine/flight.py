@@ -7,7 +7,6 @@ import contextlib
 import os
 import sys
 import threading
-import traceback
 import warnings
 import weakref
 from collections.abc import Callable
@@ -159,6 +158,8 @@ class Flight:
 
 def _clear_frames(error: BaseException | None) -> None:
     """Let go of what the frames of a traceback hold: the group, for one, which whoever keeps a handle does not keep."""
+    import traceback  # which funcavg's import need not wait for
+
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
