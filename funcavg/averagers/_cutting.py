@@ -36,7 +36,9 @@ class Cutter:
         self._count = fragments if isinstance(fragments, int) else len(fragments)
         self._replicas = group.axis if isinstance(group, Stacked) else None
         self._known: dict[Any, Cut] = {}
-        self._last: tuple[Any, Any, Cut] | None = None  # anchors, layout: most updates see those of the one before
+        self._last: tuple[Any, Any, Cut] | None = (
+            None  # anchors, what the tree is like: most updates see those of the one before
+        )
 
     def parts_of(self, request: Request) -> Parts:
         """Cut a tree as the user says; of tied leaves the first."""
@@ -69,11 +71,11 @@ class Cutter:
                 f"{self._who}: this state is of {len(anchors)} fragments, and fragments={self._count} now. Go on with "
                 f"as many, or begin anew with init."
             )
-        if self._last is not None and self._last[0] is anchors and self._last[1] is layout_of(request):
+        if self._last is not None and self._last[0] is anchors and self._last[1] == layout_of(request).signature:
             cut = self._last[2]
         else:
             cut = self._looked_up(anchors, request)
-            self._last = anchors, layout_of(request), cut
+            self._last = anchors, layout_of(request).signature, cut
         found_lengths = cut.lengths if sent is None else {kind: len(vector) for kind, vector in sent.items()}
         if found_lengths != cut.lengths:
             raise ValueError(

@@ -27,7 +27,7 @@ __all__ = ["begin", "forget", "is_under_way", "land"]
 class _Flight(NamedTuple):
     """It is kept until the next one begins, also when it has landed: an update may be repeated."""
 
-    owner: object  # the averager that has begun it
+    owner: weakref.ref[Any]  # the averager that has begun it
     vectors: Sequence[Any]  # what was sent
     about: str  # and which fragment it is, of which step: ranks that hold equal vectors by chance do as the others
     handle: Handle[Any]
@@ -35,7 +35,11 @@ class _Flight(NamedTuple):
 
     def is_of(self, owner: object, vectors: Sequence[Any], about: str) -> bool:
         """Say whether these very bits are under way, or have landed."""
-        return self.owner is owner and self.about == about and _are_same(self.vectors, vectors)
+        return self.owner() is owner and self.about == about and _are_same(self.vectors, vectors)
+
+    def may_be_ended_by(self, owner: object) -> bool:
+        """Say whether its run is over: its averager has gone, or has gone back."""
+        return self.has_landed or self.owner() in (None, owner)
 
     @property
     def has_landed(self) -> bool:
@@ -67,7 +71,7 @@ def begin(  # noqa: PLR0913  # private: what a flight is
         session_of(collective).let_go = partial(_let_go, key)
     sent = _bytes_sent(collective)
     handle = start_with(options, list(pieces), group, who)  # refuses if another averager's is under way
-    _UNDER_WAY[key] = _Flight(owner, vectors, options.about, handle, sent)
+    _UNDER_WAY[key] = _Flight(weakref.ref(owner), vectors, options.about, handle, sent)
 
 
 def _end(key: int) -> None:
@@ -85,9 +89,13 @@ def _let_go(key: int) -> None:
 
 
 def forget(owner: object, group: Any) -> None:
-    """Let go of what an earlier run of this averager has begun, if there is such, so that the group can be used."""
+    """Let go of what an earlier run has begun, if there is such, so that the group can be used.
+
+    What another averager is about is left alone; not by ``None``, a run that begins.
+    """
     key = None if is_local(group) else id(as_collective(group))
-    if key is not None and (flight := _UNDER_WAY.get(key)) is not None and (flight.owner is owner or flight.has_landed):
+    flight = None if key is None else _UNDER_WAY.get(key)
+    if key is not None and flight is not None and (owner is None or flight.may_be_ended_by(owner)):
         _let_go(key)
 
 

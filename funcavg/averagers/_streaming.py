@@ -155,7 +155,7 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
         with without_grad():
             if not takes_part(group):
                 return StreamingState(0, None, None, None, None)
-            forget(cutter, group)
+            forget(None, group)
             with failing_everywhere(group, options, others_wait=True):
                 check_wire(wire, group, NAME)
                 cutter.parts_of(described(params, where, ties=not has_tracers(params)))

@@ -490,7 +490,7 @@ def test_states_of_other_settings_are_refused():
     averager = streaming_diloco(8, fragments=2, delay=1, group=Solo())
     for options, words in (
         ({"fragments": 4, "delay": 1}, "this state is of 4 fragments, and fragments=2 now"),
-        ({"fragments": 2}, r"what is sent is kept in vectors of \{'numpy float64': 4\}, and this state, .* has none"),
+        ({"fragments": 2}, r"what is sent is kept in vectors of \{'float64': 4\}, and this state, .* has none"),
     ):
         with pytest.raises(ValueError, match=words):
             averager.update(params, state_of(**options))
