@@ -20,8 +20,18 @@ from helpers.processes import run_processes
 from test_averagers import same
 from test_streaming import nothing_is_left  # noqa: F401  # for every test of this module, too
 
-from funcavg import PeerLostError, TreeMismatchError, average, diloco, outer, stacked, start_average, streaming_diloco
-from funcavg.averagers import _flights
+from funcavg import (
+    PeerLostError,
+    TreeMismatchError,
+    average,
+    diloco,
+    forget,
+    outer,
+    stacked,
+    start_average,
+    streaming_diloco,
+)
+from funcavg.averagers import _cutting, _flights
 from funcavg.collectives import Solo, as_collective
 from funcavg.collectives.threads import Threads
 from funcavg.testing import run_ranks
@@ -710,3 +720,84 @@ def test_over_an_axis_and_over_stacked_replicas(settings, weights):
         axes = (0, 0, None if weights is None else 0)
         mapped = jax.vmap(lambda p, t, w: scanned(averager, p, t, w), axes, axis_name="replica")
         np.testing.assert_allclose(jax.jit(mapped)(first, aims, given), threads, rtol=1e-12)
+
+
+# One group, several averagers; updates that are repeated; loops that are left
+
+
+def ones(group):
+    return {"w": np.full(3, float(group.rank))}
+
+
+def test_a_group_has_one_averager_at_a_time():
+    def fn(group):
+        averagers = [streaming_diloco(8, fragments=1, delay=6, group=group, timeout=20) for _ in range(2)]
+        states = [averager.init(ones(group)) for averager in averagers]
+        for averager, state in zip(averagers, states, strict=True):
+            for _ in range(3):
+                _, state = averager.update(ones(group), state)
+
+    with pytest.raises(
+        RuntimeError, match=r"streaming_diloco \(fragment 0 of 1, .* sent at step 1\) is still under way"
+    ):
+        run_ranks(2, fn)
+
+
+def test_who_leaves_early_lets_go_by_forget():
+    def fn(group):
+        averager = streaming_diloco(8, fragments=1, delay=6, group=group)
+        params, state = ones(group), averager.init(ones(group))
+        for _ in range(3):
+            params, state = averager.update(params, state)
+        with pytest.raises(RuntimeError, match=r"or funcavg.forget\(group\) on all ranks"):
+            average(params, group)
+        forget(group)
+        return average(params, group)["w"][0]
+
+    assert run_ranks(2, fn) == [0.5, 0.5]
+
+
+def test_an_update_may_be_repeated_on_one_rank():
+    def fn(group, again):
+        averager = streaming_diloco(8, fragments=2, delay=2, outer=outer.sgd(1.0), group=group, timeout=20)
+        params = {"w": np.arange(6.0) + group.rank}
+        state, seen = averager.init(params), []
+        for _ in range(20):
+            params = {"w": params["w"] + group.rank}
+            if again and group.rank == 0:
+                averager.update(params, state)
+            params, state = averager.update(params, state)
+            seen.append(params["w"].copy())
+        return np.stack(seen).tobytes()
+
+    assert run_ranks(2, lambda group: fn(group, True)) == run_ranks(2, lambda group: fn(group, False))
+
+
+def test_leaves_of_several_kinds_in_a_program():
+    def fn(group):
+        params = {"w": jnp.full((4, 2), float(group.rank)), "rate": 1.0 + group.rank, "n": np.ones(3, np.float32)}
+        averager = streaming_diloco(4, fragments=2, delay=1, outer=outer.sgd(1.0), group=group)
+        found = []
+        for step in (averager.update, jax.jit(averager.update)):
+            now, state = params, averager.init(params)
+            for _ in range(8):
+                now, state = step(jax.tree.map(lambda leaf: leaf + 1, now), state)
+            found.append([float(np.asarray(leaf).ravel()[0]) for leaf in jax.tree.leaves(now)])
+        assert found[0] == pytest.approx(found[1], rel=1e-6)
+        return found[0]
+
+    one, other = run_ranks(2, fn)
+    assert one == other
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_idle_updates_do_not_read_the_anchors_again(monkeypatch, count):
+    looked = []
+    look_up = _cutting.Cutter._looked_up
+    monkeypatch.setattr(_cutting.Cutter, "_looked_up", lambda *given: looked.append(1) or look_up(*given))
+    params = {f"layer{k}": np.zeros(2) for k in range(60)}
+    averager = streaming_diloco(80, fragments=count, delay=1, group=Solo())
+    state = averager.init(params)
+    for _ in range(50):
+        params, state = averager.update(params, state)
+    assert len(looked) <= 2
