@@ -136,6 +136,7 @@ def train(method: str, rate: float, seed: int, job: Job, args: argparse.Namespac
         counts.append(sent())
         within = everyone.bytes_sent == before or method in (STREAMING, LATE)
         if step + 1 == args.steps and within:  # the end lies within a period, or other fragments' do,
+            funcavg.forget(everyone)  # and maybe one is still under way
             inner["params"] = average(inner["params"], donate=True)  # and the model is the mean of the workers'
             counts.append(sent())
         if (step + 1) % EVERY == 0 or step + 1 == args.steps:
