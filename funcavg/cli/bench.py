@@ -43,7 +43,7 @@ rows:
   funcavg                          funcavg.average, which makes a new tree
   ..., donate                      and which writes into the old one's memory
   ..., FUNCAVG_NODE=off            and where ranks of one host do not meet in shared memory
-  ..., int8                        with `--wire int8`: likewise, and what is sent travels as that wire's code
+  ..., FUNCAVG_NODE=off, int8      and what is sent travels as a code, with `--wire int8`
   funcavg in jit, mpi4jax in jit   compiled, with JAX arrays
 
 Every turn runs each row once, in another order. Times are from barrier to barrier.

@@ -48,7 +48,7 @@ def make_rows(job: Job, spec: Spec, args: Any, resources: ExitStack) -> tuple[li
             rows.append(_ours(job, name, tree, args.leaves, node=node, donate=donate))
     for wire in dict.fromkeys(args.wire):
         donate = args.leaves != "jax"
-        name = f"funcavg{', donate' if donate else ''}, {wire}"
+        name = f"funcavg{', donate' if donate else ''}{nodes.get('off', '')}, {wire}"
         rows.append(_ours(job, name, tree, args.leaves, node="off", donate=donate, wire=wire))
     if args.wire:
         notes.append(

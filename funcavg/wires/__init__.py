@@ -30,10 +30,12 @@ class Wire(Protocol):
     depend on nothing but their arguments, and `decode` must return the same bits on every rank: calculate with
     integers, or with operations that round once. `start_average` calls them in another thread.
 
-    At each call of `funcavg.average` both are tried with 7 and with 1024 numbers, before anything moves: what is wrong
+    At each call of `funcavg.average` both are tried with 1, 7 and 1024 numbers, before anything moves: what is wrong
     there is raised on every rank alike, and ranks whose codecs make other bytes or numbers of these are told that they
     differ. What they raise later, of other numbers, spends the group: RuntimeError here, and `funcavg.PeerLostError` on
     the ranks that wait. Leaves that are no wider than the code of 1024 numbers travel as they are.
+
+    Make it once, and pass the same object at each call: what is known of how leaves are cut is kept for each object.
 
     Examples:
         Signs only, and the mean magnitude:

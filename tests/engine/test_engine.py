@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from helpers.frameworks import torch
+from helpers.late import Late
 
 from funcavg import PeerLostError, average
 from funcavg._engine import Agreement, buckets, move, reach_agreement, session
@@ -10,18 +11,6 @@ from funcavg._engine.agree import agree
 from funcavg._trees import Claim, Options, flatten, make_request
 from funcavg.collectives.threads import Threads
 from funcavg.testing import run_ranks
-
-
-class Late(Threads):
-    """Moves bytes only when the engine waits for them: whatever it has overwritten by then is wrong."""
-
-    stops_on_error = False
-
-    def exchange(self, send, receive, timeout):
-        return lambda: super(Late, self).exchange(send, receive, timeout)
-
-    def share(self, buffer, timeout):
-        return lambda: super(Late, self).share(buffer, timeout)
 
 
 def test_ties_are_kept_where_only_places_differ():

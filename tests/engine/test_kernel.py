@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.frameworks import torch
-from helpers.kernels import LEVELS, PYTHON, library_or_skip, using
+from helpers.kernels import LEVELS, PYTHON, assert_sanitizers_find_nothing, library_or_skip, using
 from helpers.trees import limits_of, numpy_dtype
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -261,18 +261,7 @@ int main(void)
 
 
 def test_sanitizers_find_nothing(tmp_path):
-    """No access outside of memory, and nothing that C does not define."""
-    compiler = shutil.which("gcc") or pytest.skip("no gcc")
-    (tmp_path / "driver.c").write_text(DRIVER, encoding="utf-8")
-    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    command = [compiler, "-std=c99", "-O1", *sanitize, f"-I{FOLDER}", tmp_path / "driver.c"]
-    command += ["-o", tmp_path / "driver"]
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
-    if built.returncode:
-        assert "cannot find" in built.stderr, built.stderr
-        pytest.skip("no sanitizers")
-    done = subprocess.run([tmp_path / "driver"], capture_output=True, text=True, check=False, timeout=100)
-    assert done.returncode == 0, done.stderr[:2000]
+    assert_sanitizers_find_nothing(tmp_path, DRIVER)
 
 
 def test_the_library_is_of_this_source():

@@ -1,14 +1,12 @@
 """Wires in C: the bytes and bits of NumPy's, of any numbers in any pieces, at any address, in any mode."""
 
-import shutil
-import subprocess
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.frameworks import torch
-from helpers.kernels import LEVELS, library_or_skip, using
+from helpers.kernels import LEVELS, assert_sanitizers_find_nothing, library_or_skip, using
 
 from funcavg._engine import coders, kernel
 from funcavg._engine.coders import coder_of
@@ -357,15 +355,4 @@ int main(void)
 
 
 def test_sanitizers_find_nothing(tmp_path):
-    """No access outside of memory, and nothing that C does not define."""
-    compiler = shutil.which("gcc") or pytest.skip("no gcc")
-    (tmp_path / "driver.c").write_text(DRIVER, encoding="utf-8")
-    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    command = [compiler, "-std=c99", "-O1", "-fno-math-errno", *sanitize, f"-I{FOLDER}", tmp_path / "driver.c"]
-    command += [FOLDER / "kernel.c", "-o", tmp_path / "driver"]
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
-    if built.returncode:
-        assert "cannot find" in built.stderr, built.stderr
-        pytest.skip("no sanitizers")
-    done = subprocess.run([tmp_path / "driver"], capture_output=True, text=True, check=False, timeout=100)
-    assert done.returncode == 0, done.stderr[:2000]
+    assert_sanitizers_find_nothing(tmp_path, DRIVER, "-fno-math-errno", FOLDER / "kernel.c")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -42,3 +45,18 @@ def each_kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run a test on both kernels."""
     with using(library_or_skip() if request.param == "C" else None):
         yield request.param
+
+
+def assert_sanitizers_find_nothing(folder: Path, driver: str, *options: object) -> None:
+    """Compile a program of C's that calls the kernel, and run it: no access outside of memory, all is defined."""
+    compiler = shutil.which("gcc") or pytest.skip("no gcc")
+    (folder / "driver.c").write_text(driver, encoding="utf-8")
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    sources = Path(kernel.__file__).parent
+    command = [compiler, "-std=c99", "-O1", *sanitize, f"-I{sources}", folder / "driver.c", *options]
+    built = subprocess.run([*command, "-o", folder / "driver"], capture_output=True, text=True, check=False)
+    if built.returncode:
+        assert "cannot find" in built.stderr, built.stderr
+        pytest.skip("no sanitizers")
+    done = subprocess.run([folder / "driver"], capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 0, done.stderr[:2000]

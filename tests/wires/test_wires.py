@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from helpers.frameworks import dist, jax, torch
 from helpers.kernels import PYTHON, library_or_skip, using
+from helpers.late import Late
 from helpers.processes import run_processes
 
 import funcavg
@@ -19,7 +20,6 @@ from funcavg._engine.buckets import Slots, bucket_bytes, host_memory, make_plan
 from funcavg._engine.codes import codes_of
 from funcavg._trees import Options, flatten, make_request
 from funcavg.cli import trees
-from funcavg.collectives.threads import Threads
 from funcavg.testing import run_ranks
 from funcavg.wires.codecs import NAMES, codec_of
 
@@ -573,15 +573,6 @@ def test_between_hosts_and_not_within(hosts, off):
 @pytest.mark.parametrize("donate", [False, True])
 def test_transfers_that_are_late_see_codes_only(donate):
     """Of what the engine has overwritten before it waits, a late transfer would see the wrong bytes."""
-
-    class Late(Threads):
-        stops_on_error = False
-
-        def exchange(self, send, receive, timeout):
-            return lambda: super(Late, self).exchange(send, receive, timeout)
-
-        def share(self, buffer, timeout):
-            return lambda: super(Late, self).share(buffer, timeout)
 
     def call(group, late):
         group = Late(group.rank, group._meeting) if late else group
