@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from helpers import mpi
 from helpers.averaging import FRAMEWORKS, RATE, STARTS, TARGETS, Streaming, train
-from helpers.frameworks import dist, jax, jnp, torch
+from helpers.frameworks import dist, jax, jnp, skip_without, torch
 from helpers.processes import run_processes
 from test_averagers import same
 from test_streaming import nothing_is_left  # noqa: F401  # for every test of this module, too
@@ -319,6 +319,7 @@ if "destroy" in sys.argv:
 
 @pytest.mark.parametrize("how", ["destroy", "exit"])
 def test_the_interpreter_can_exit_with_a_fragment_under_way(how, tmp_path):
+    skip_without("torch")
     ranks = [
         subprocess.Popen(
             [sys.executable, "-W", "error::RuntimeWarning", "-c", ENDS, str(tmp_path / "store"), str(rank), how],
