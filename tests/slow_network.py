@@ -66,7 +66,7 @@ def two_hosts(rate: float = RATE) -> Iterator[list[str]]:
     """Make two namespaces and their link, of so many bit/s; yield their names; delete them."""
     hosts = [f"funcavg-{os.getpid()}-{letter}" for letter in "ab"]
     # The bucket holds two of the largest segments that TCP hands down, and 1 ms of the rate.
-    limit = f"tbf rate {rate / 1e6:.0f}mbit burst {max(128, rate / 8e6):.0f}kb latency 50ms"
+    limit = f"tbf rate {rate / 1e3:.0f}kbit burst {max(128, rate / 8e6):.0f}kb latency 50ms"
     try:
         for host in hosts:
             run(f"ip netns add {host}")
@@ -230,55 +230,56 @@ def time_averages(rank: int, _: dist.Store, *names: str) -> dict[str, list[dict[
     return turns
 
 
-# Training: 8 MB of parameters in fragments of 2 MB; a step computes for some 25 ms.
-PERIOD, FRAGMENTS, DELAY, PERIODS = 32, 4, 6, 3
+# Training: 8 MB of parameters in fragments of 2 MB; a step computes for 50 ms.
+PERIOD, FRAGMENTS, DELAY = 32, 4, 7  # 8 steps from one fragment to the next: 7 while one travels
 TRAINED = 2_000_000  # float32
-STEP = 0.025  # seconds
+STEP = 0.05  # seconds
 
 
-def train(rank: int, _: dist.Store, *wires: str) -> dict[str, Any]:
-    """Return how long training takes without averages, with `diloco`, and with `streaming_diloco`, over a wire or "".
+class Period(NamedTuple):
+    """A period of training on one rank."""
 
-    Steps are products of matrices, as many as take `STEP`; the clock of the slowest rank counts.
+    seconds: float
+    in_steps: float  # seconds of them that were steps
+    background: float  # seconds of processor of other threads: where there is no idle core, steps are slower by these
+
+
+def train(rank: int, _: dist.Store, *wires: str) -> dict[str, list[Period]]:
+    """Return periods without averages, with `diloco` and with `streaming_diloco`, over some wires, "" for none.
+
+    A step multiplies matrices until `STEP` is over. Periods are in turns.
     """
     matrix, out = torch.rand(256, 256), torch.empty(256, 256)
-
-    def compute(times: int) -> float:
-        begin = time.perf_counter()
-        for _ in range(times):
-            torch.mm(matrix, matrix, out=out)
-        return time.perf_counter() - begin
-
-    compute(50)
-    dist.barrier()
-    each = torch.tensor([compute(400) / 400])
-    dist.all_reduce(each, dist.ReduceOp.MAX)
-    times, found = max(int(STEP / each.item()), 1), {}
-    # The same products everywhere; all begin together.
-    methods = {"nothing": None}
+    methods: dict[str, Any] = {"nothing": None}
     for wire in wires:
         settings = {"outer": outer.nesterov(0.7, 0.9), "wire": wire or None}
-        methods[f"diloco {wire}".strip()] = diloco(PERIOD, **settings)
+        methods[f"`diloco` {wire}".strip()] = diloco(PERIOD, **settings)
         streaming = streaming_diloco(PERIOD, fragments=FRAGMENTS, delay=DELAY, **settings)
-        methods[f"streaming_diloco {wire}".strip()] = streaming
-    for name, averager in methods.items():
-        params = {f"layer{k}": torch.zeros(250, 1000) for k in range(TRAINED // 250_000)}
-        state = averager.init(params) if averager else None
-        steps = 0.0
-        for timed in (False, True):  # the first period finds the node, and its memory
-            dist.barrier()
-            begin = time.perf_counter()
-            for _ in range(PERIOD * (PERIODS if timed else 1)):
-                compute(times)
-                for leaf in params.values():
-                    leaf[0] += rank + 1
-                at = time.perf_counter()
-                if averager:
-                    params, state = averager.update(params, state, donate=True)
-                steps += time.perf_counter() - at if timed else 0.0
-            seconds = time.perf_counter() - begin
-        found[name] = {"seconds": seconds, "in_update": steps}
-    return found
+        methods[f"`streaming_diloco` {wire}".strip()] = streaming
+    trees = {name: {f"layer{k}": torch.zeros(250, 1000) for k in range(TRAINED // 250_000)} for name in methods}
+    states = {name: averager and averager.init(trees[name]) for name, averager in methods.items()}
+    periods: dict[str, list[Period]] = {name: [] for name in methods}
+    for turn, (name, averager) in itertools.product(range(1 + TURNS), methods.items()):
+        if rank == 0:
+            print(f"turn {turn} of {TURNS}: {name}", file=sys.stderr)
+        params, state = trees[name], states[name]
+        in_steps = 0.0
+        dist.barrier()
+        begin, others = time.perf_counter(), time.process_time() - time.thread_time()
+        for _ in range(PERIOD):  # with its last step nothing is under way
+            step = time.perf_counter()
+            while time.perf_counter() < step + STEP:
+                torch.mm(matrix, matrix, out=out)
+            for leaf in params.values():
+                leaf[0] += rank + 1
+            in_steps += time.perf_counter() - step
+            if averager:
+                params, state = averager.update(params, state, donate=True)
+        if turn:  # the first finds the node, and its memory
+            others = time.process_time() - time.thread_time() - others
+            periods[name].append(Period(time.perf_counter() - begin, in_steps, others))
+        trees[name], states[name] = params, state
+    return periods
 
 
 def lose_link(rank: int, store: dist.Store) -> dict[str, Any]:
@@ -379,14 +380,18 @@ def print_wires(rates: Sequence[float]) -> None:
 
 def print_training(rate: float, slower: float) -> None:
     """Print how much of the time is computing, on a link of some rate, and over int4 on one so many times slower."""
-    print(f"\n| Mbit/s | {PERIOD * PERIODS} steps | seconds | computing |\n|--:|---|--:|--:|")
+    print(f"\n| Mbit/s | how | seconds for {PERIOD} steps | computing | processor in the background |")
+    print("|--:|---|--:|--:|--:|")
     for speed, wire in ((rate, ""), (rate / slower, "int4")):
         with two_hosts(speed) as hosts, ranks_on(hosts, [1, 1], "train", wire) as (ranks, _):
             outcomes = results(ranks)
-        seconds = {name: max(outcome[name]["seconds"] for outcome in outcomes) for name in outcomes[0]}
-        for name, took in seconds.items():
-            share = 100 * seconds["nothing"] / took
-            print(f"| {speed / 1e6:.0f} | {name} | {took:.2f} | {share:.1f} % |", flush=True)
+        for name in outcomes[0]:
+            both = [[Period(*period) for period in outcome[name]] for outcome in outcomes]
+            seconds = statistics.median(one.seconds for turns in both for one in turns)
+            share = min(statistics.median(one.in_steps / one.seconds for one in turns) for turns in both)
+            background = statistics.median(one.background / one.seconds for turns in both for one in turns)
+            cells = f"{speed / 1e6:.1f} | {name} | {seconds:.2f} | {100 * share:.1f} % | {100 * background:.1f} %"
+            print(f"| {cells} |", flush=True)
 
 
 def main() -> None:
@@ -397,7 +402,7 @@ def main() -> None:
     if what in ([], ["wires"]):
         print_wires(rates or [200e6, 1e9, 2e9, 5e9, 10e9])
     if what in ([], ["training"]):
-        print_training(*(rates or [120e6]), 7)
+        print_training(*(rates or [60e6]), 7)
 
 
 if __name__ == "__main__":
