@@ -5,10 +5,11 @@ A stream does its work in order. What is queued on another one, by another threa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-__all__ = ["Mark", "current_stream", "device_memory", "in_stream_of_here"]
+__all__ = ["Mark", "current_stream", "device_memory", "in_stream_of_here", "side_streams", "use_here"]
 
 T = TypeVar("T")
 
@@ -36,6 +37,27 @@ def in_stream_of_here(call: Callable[[], T], device: Any) -> Callable[[], T]:
             return call()
 
     return there
+
+
+@contextlib.contextmanager
+def side_streams(devices: Iterable[Any]) -> Iterator[None]:
+    """Queue on fresh streams of some devices, beside all that others compute there; at the end, wait for them."""
+    import torch
+
+    devices = [device for device in devices if current_stream(device) is not None]
+    with contextlib.ExitStack() as stack:
+        for device in devices:
+            of_kind: Any = getattr(torch, torch.device(device).type)
+            stack.enter_context(of_kind.stream(of_kind.Stream(device)))
+        yield
+        Mark(devices).synchronize()
+
+
+def use_here(tensors: Iterable[Any]) -> None:
+    """Let memory that other streams have made be given to others only after what is queued on those of here."""
+    for tensor in tensors:
+        if (stream := current_stream(tensor.device)) is not None:
+            tensor.record_stream(stream)
 
 
 class Mark:

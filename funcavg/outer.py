@@ -154,15 +154,15 @@ class Stepper(NamedTuple):
     step: Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
-def as_outer(outer: Any) -> Stepper:
-    """Return how to step with whatever `funcavg.diloco` takes as ``outer``."""
+def as_outer(outer: Any, who: str = "diloco") -> Stepper:
+    """Return how to step with whatever `funcavg.diloco` takes as ``outer``; ``who``: for errors."""
     if hasattr(outer, "init") and hasattr(outer, "update"):
 
         def init(anchor: Any) -> Any:
             strangers = {type(leaf).__name__ for leaf in flatten(anchor).leaves if not is_jax(leaf)}
             if strangers and not isinstance(outer, Outer):
                 raise TypeError(
-                    f"diloco: an optax transform as outer is for trees of JAX arrays, got {sorted(strangers)}. (A pair "
+                    f"{who}: an optax transform as outer is for trees of JAX arrays, got {sorted(strangers)}. (A pair "
                     f"of your own for other leaves is a funcavg.outer.Outer.)"
                 )
             return outer.init(anchor)
@@ -173,9 +173,9 @@ def as_outer(outer: Any) -> Stepper:
 
         return Stepper(init, step)
     if callable(outer):
-        return _torch_optimizer(outer)
+        return _torch_optimizer(outer, who)
     raise TypeError(
-        f"diloco: outer must be of funcavg.outer, an optax transform, or a function from parameters to a torch "
+        f"{who}: outer must be of funcavg.outer, an optax transform, or a function from parameters to a torch "
         f"optimizer, such as lambda params: torch.optim.SGD(params, lr=0.7), got {outer!r} of type "
         f"{type(outer).__name__}"
     )
@@ -187,7 +187,7 @@ def _of_its_dtype(value: Any, leaf: Any) -> Any:
     return value if getattr(value, "dtype", None) == dtype else value.astype(dtype)
 
 
-def _torch_optimizer(factory: Callable[[Any], Any]) -> Stepper:
+def _torch_optimizer(factory: Callable[[Any], Any], who: str) -> Stepper:
     """Step with an optimizer that is made anew each time around copies, its state kept outside."""
 
     def made(anchor: Any, state: Any) -> tuple[list[Any], Any, Any]:
@@ -196,15 +196,15 @@ def _torch_optimizer(factory: Callable[[Any], Any]) -> Stepper:
         leaves = flat.leaves
         if torch is None or not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
             kinds = sorted({type(leaf).__name__ for leaf in leaves})
-            raise TypeError(f"diloco: a torch optimizer as outer is for trees of torch tensors, got {kinds}")
+            raise TypeError(f"{who}: a torch optimizer as outer is for trees of torch tensors, got {kinds}")
         params = [torch.nn.Parameter(leaf.detach().clone()) for leaf in leaves]
         optimizer = factory(params)
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"diloco: outer must return a torch.optim.Optimizer, got {optimizer!r}")
+            raise TypeError(f"{who}: outer must return a torch.optim.Optimizer, got {optimizer!r}")
         kept = [id(param) for group in optimizer.param_groups for param in group["params"]]
         if sorted(kept) != sorted(map(id, params)):
             raise ValueError(
-                f"diloco: outer must optimize the {len(params)} parameters that it is given, and no others; its "
+                f"{who}: outer must optimize the {len(params)} parameters that it is given, and no others; its "
                 f"optimizer has {len(kept)}, {len(set(kept) & set(map(id, params)))} of these among them"
             )
         if state is not None:

@@ -189,7 +189,7 @@ def _lanes(
     kept: Sequence[int] = range(len(layout.leaves))
     if ties:
         kept = [i for i in kept if i not in ties]
-    on_device = [i for i in kept if layout.leaves[i].device] if layout.devices else []
+    on_device = [i for i in kept if layout.leaves[i].device] if layout.devices and not request.options.aside else []
 
     def plan(numbers: Sequence[int], place: str, make: Callable[[list[Any]], Any]) -> Any:
         def remembered() -> tuple[Any, list[int]]:

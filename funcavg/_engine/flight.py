@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Generic, TypeVar, cast
 
 from funcavg._compile import not_compiled
-from funcavg._device import Mark
+from funcavg._device import Mark, side_streams, use_here
 from funcavg._engine.engine import carry_out
 from funcavg._engine.session import session_of
 from funcavg._trees import Request
@@ -99,7 +99,10 @@ class Flight:
         self._over, self._abandoned = threading.Event(), False
         devices = set() if request.layout is None else {leaf.device for leaf in request.layout.leaves} - {""}
         self._given = Mark(devices)  # wait() may be called on other streams than those that write the leaves
-        self._waits_for_caller = bool(devices) or getattr(collective, "in_callers_thread", False)
+        in_callers_thread = getattr(collective, "in_callers_thread", False)
+        self._waits_for_caller = in_callers_thread or (bool(devices) and not request.options.aside)
+        self._devices = set() if self._waits_for_caller else devices  # on which the thread has streams of its own
+        self._results: list[Any] = []  # that have been made on those
         if self._waits_for_caller:
             self._session.pause()  # the call is over the group as it is in wait()
         else:
@@ -108,11 +111,13 @@ class Flight:
 
     def _fly(self) -> None:
         try:
-            with self._inside(), self._mode(), self._width():  # those of the caller's thread
+            aside = side_streams(self._devices) if self._devices else contextlib.nullcontext()
+            with self._inside(), self._mode(), self._width(), aside:  # those of the caller's thread
                 self._given.wait()
                 if self._waits_for_caller:
                     self._session.resume("start_average")
                 results = carry_out(self._request, self._collective)
+                self._results = results if self._devices else []
                 self._outcome = self._request.rebuild(results)
         except BaseException as error:  # raised by wait()
             _clear_frames(error)
@@ -137,6 +142,7 @@ class Flight:
             self._fly()
         while not self._over.wait(0.5):  # a signal may have come to another thread, which does not wake this one
             pass  # and no join, which an interrupt breaks (CPython issue 90882)
+        use_here(self._results)
         self._session.leave()
         return self._outcome
 

@@ -33,6 +33,7 @@ class Options:
     root: Any = None  # the rank whose values all get
     about: str = ""  # more of what all ranks must be about to do
     wire: Any = None  # how numbers are written between hosts: a name, or a user's codec
+    aside: bool = False  # leaves of an accelerator go by way of the host, too, so that they can in the background
 
     @property
     def exactly(self) -> bool:

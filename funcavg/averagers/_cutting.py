@@ -16,7 +16,7 @@ from funcavg._trees import Leaf, Request, combine, flatten, is_dtensor, paths
 from funcavg.averagers._base import averaged_lines, described, layout_of
 from funcavg.averagers._fragments import Fragments, Parts, Piece, Size, cut_by_number, cut_by_paths
 from funcavg.averagers._outer_step import differences, has_tracers, refuse_tree
-from funcavg.averagers._packing import lengths_of
+from funcavg.averagers._packing import is_sharded, lengths_of
 
 __all__ = ["Cut", "Cutter", "local", "pieces_of", "places_of", "ties_of", "with_memory_of_its_own"]
 
@@ -126,7 +126,7 @@ class Cutter:
         shape = np.shape(leaf)
         nbytes = math.prod(shape) * getattr(getattr(leaf, "dtype", None), "itemsize", 8)
         axis = self._axis(len(shape))
-        rows = 1 if is_dtensor(leaf) or axis >= len(shape) else shape[axis]
+        rows = 1 if is_dtensor(leaf) or axis >= len(shape) or is_sharded(leaf, axis) else shape[axis]
         return Size(rows, nbytes // max(rows, 1))
 
     def _axis(self, ndim: int) -> int:

@@ -145,4 +145,5 @@ def _are_same(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
 
 
 def _bits(vector: Any) -> Any:
-    return np.asarray(family_of(vector).as_numpy(vector)).view(np.uint8)
+    on_host = vector.cpu() if hasattr(vector, "cpu") else vector  # the same, if it is there
+    return np.asarray(family_of(on_host).as_numpy(on_host)).view(np.uint8)

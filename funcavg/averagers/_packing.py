@@ -1,6 +1,7 @@
 """A fragment's changes in a flat vector for each kind of array, of one length at every step, as `scan` needs it.
 
-torch's lie on the host, where they can travel while an accelerator computes; JAX's are copied there to be sent.
+They lie where the leaves do: on an accelerator, packing only queues copies. To be sent they are copied to the host:
+torch's in the background, JAX's at once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 
 from funcavg._trees import is_jax
 
-__all__ = ["Form", "empty", "forms_of", "lengths_of", "pack", "unpack"]
+__all__ = ["Form", "empty", "forms_of", "is_sharded", "lengths_of", "pack", "unpack"]
 
 Lengths = dict[str, int]  # elements of the largest fragment, by kind
 
@@ -66,7 +67,7 @@ def empty(fragments: Sequence[Sequence[Any]]) -> dict[str, Any]:
 
 def _zeros(kind: str, like: Any, one_of_jax: Any, length: int) -> Any:
     if kind.startswith("torch"):
-        return sys.modules["torch"].zeros(length, dtype=like.dtype)
+        return like.new_zeros(length)
     if one_of_jax is None:
         return np.zeros(length, np.asarray(like).dtype)
     return _concatenated(like if is_jax(like) else sys.modules["jax"].numpy.zeros(0, kind), (), length)
@@ -76,8 +77,35 @@ def _concatenated(like: Any, leaves: Sequence[Any], length: int) -> Any:
     """Return leaves in a vector, and zeros behind; in shard_map it varies over axes as ``like`` does."""
     numpy = sys.modules["jax"].numpy
     rest = numpy.zeros(length - sum(math.prod(np.shape(leaf)) for leaf in leaves), like.dtype)
-    own = [numpy.asarray(leaf, like.dtype).ravel() for leaf in leaves]
-    return numpy.concatenate([like.ravel()[:0], *own, rest])
+    own = [_in_one_part(numpy.asarray(leaf, like.dtype)).ravel() for leaf in leaves]
+    return numpy.concatenate([_in_one_part(like).ravel()[:0], *own, rest])
+
+
+def _in_one_part(leaf: Any) -> Any:
+    """Return an array whose type says that it is sharded, of which reshapes are refused, as one that is not."""
+    import jax
+    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+    if AxisType.Explicit not in jax.typeof(leaf).sharding.mesh.axis_types:
+        return leaf
+    if isinstance(leaf, jax.core.Tracer) or not jax.sharding.get_abstract_mesh().empty:
+        return jax.sharding.reshard(leaf, PartitionSpec())
+    mesh = leaf.sharding.mesh
+    untyped = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    return jax.device_put(leaf, NamedSharding(untyped, PartitionSpec()))
+
+
+def is_sharded(leaf: Any, axis: int) -> bool:
+    """Say whether the type of one of JAX's arrays says that it is sharded along an axis, so that it cannot be cut."""
+    if not is_jax(leaf):
+        return False
+    import jax
+
+    sharding = jax.typeof(leaf).sharding
+    kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
+    along = sharding.spec[axis] if axis < len(sharding.spec) else None
+    names = along if isinstance(along, tuple) else () if along is None else (along,)
+    return any(kinds.get(name) is jax.sharding.AxisType.Explicit for name in names)
 
 
 def pack(leaves: Sequence[Any], vectors: Mapping[str, Any]) -> dict[str, Any]:

@@ -117,8 +117,8 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
         programs of JAX over axes, nothing is in the background.
 
     Memory:
-        The anchor and what ``outer`` keeps, in the parameters' dtypes; with a delay, a fragment's pseudo-gradient on
-        the host, and its mean.
+        The anchor and what ``outer`` keeps, in the parameters' dtypes; with a delay, a fragment's pseudo-gradient
+        and its mean, also on the host where the parameters are not.
 
     Examples:
         Two workers, two fragments, each a step under way:
@@ -146,7 +146,7 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
     warmup, period = check_schedule(warmup, period, NAME)
     chosen, delay, mix = check_fragments(fragments, period, delay, mix)
     options = Options(timeout=timeout).checked(NAME)
-    optimizer = outer_optimizers.as_outer(outer)
+    optimizer = outer_optimizers.as_outer(outer, NAME)
     cutter, count = Cutter(chosen, group, NAME), chosen if isinstance(chosen, int) else len(chosen)
     table = Timetable(period, count, delay, warmup)
     plan = f"of {count}, period {period}, delay {delay}"

@@ -64,19 +64,19 @@ class Travel:
     def options_at(self, kept: Any, sent_at: int) -> Options:
         """Return what all ranks must ask for: the fragment of one step, each with the weight that it had then."""
         weight = None if math.isnan(kept) else float(kept)
-        return replace(self.options, weight=weight, about=f"{self.options.about}, sent at step {sent_at}")
+        return replace(self.options, weight=weight, about=f"{self.options.about}, sent at step {sent_at}", aside=True)
 
     def _begin(self, sent: Vectors, kept: Any, step: Any) -> None:
         now = self.options_at(kept, int(step))
-        begin(self.owner, list(sent.values()), self._on_host(sent), self.group, now, self.who)
+        begin(self.owner, list(sent.values()), self._readable(sent), self.group, now, self.who)
 
     def _land(self, sent: Vectors, kept: Any, step: Any) -> list[Any]:
         now = self.options_at(kept, int(step) - self.delay)
         what = f"{self.title}: step {int(step)}"
-        return land(self.owner, list(sent.values()), self._on_host(sent), self.group, now, what)
+        return land(self.owner, list(sent.values()), self._readable(sent), self.group, now, what)
 
-    def _on_host(self, vectors: Vectors) -> list[Any]:
-        """Return the pieces where they can travel while an accelerator computes, and in a thread that calls no JAX."""
+    def _readable(self, vectors: Vectors) -> list[Any]:
+        """Return the pieces where a thread that calls no JAX can read them."""
         return self._pieces(
             {kind: np.asarray(vector) if is_jax(vector) else vector for kind, vector in vectors.items()}
         )
@@ -119,7 +119,10 @@ def _as(leaf: Any, value: Any) -> Any:
     if is_jax(leaf):
         import jax
 
-        return jax.numpy.asarray(value)
+        value = jax.numpy.asarray(value)
+        if has_tracers((leaf, value)) or not leaf.committed:
+            return value
+        return jax.device_put(value, leaf.sharding)
     if is_dtensor(leaf):
         return wrap_local_tensor(leaf, value.to(leaf.device))
     if hasattr(value, "to") and hasattr(leaf, "device"):

@@ -3,6 +3,7 @@
 Two ranks may share one GPU here: over NCCL as if on two hosts, over MPI in memory that the host can read as well.
 """
 
+import contextlib
 import hashlib
 import os
 import re
@@ -21,13 +22,17 @@ from helpers import mpi
 from helpers.processes import run_processes
 from helpers.trees import GPU, assert_is_mean
 
-from funcavg import PeerLostError, _device, _points, average, broadcast, differences, start_average
+from funcavg import PeerLostError, _device, _points, average, broadcast, differences, start_average, streaming_diloco
+from funcavg._average import start_with
+from funcavg._engine import flight
 from funcavg._engine.buckets import make_plan
 from funcavg._engine.copies import DeviceCopyLane
 from funcavg._engine.device_slots import DeviceSlots
 from funcavg._engine.lanes import Cargo, DeviceLane
+from funcavg._trees import Options
+from funcavg._trees.arrays import torch as arrays
 from funcavg._trees.arrays.torch import Tensors
-from funcavg.collectives import as_collective
+from funcavg.collectives import Solo, as_collective
 from funcavg.collectives.torch import DeviceVerbs, TorchCollective, device_route
 from funcavg.stateful import PeriodicModelAverager
 from funcavg.testing import run_ranks
@@ -280,6 +285,106 @@ def test_the_next_call_waits_for_the_stream_of_the_last(monkeypatch):
         with slots.in_turn():
             said.append(f"{name} works")
     assert said == ["a uses it", "a works", "b waits for a", "b uses it", "b works"]
+
+
+@pytest.mark.parametrize("aside", [True, False])
+def test_only_what_is_said_to_go_aside_is_averaged_in_a_thread_beside_other_streams(aside, monkeypatch):
+    said = []
+
+    class Noted:
+        def __init__(self, devices):
+            said.append(("marked", *devices))
+
+        def wait(self):
+            said.append("comes after the mark")
+
+    @contextlib.contextmanager
+    def side_streams(devices):
+        said.append(("own streams", threading.current_thread() is not threading.main_thread(), *devices))
+        yield
+        said.append("done there")
+
+    monkeypatch.setattr(arrays, "_accelerator", lambda leaf: "cuda:7")  # it says so
+    monkeypatch.setattr(flight, "Mark", Noted)
+    monkeypatch.setattr(flight, "side_streams", side_streams)
+    monkeypatch.setattr(flight, "use_here", lambda results: said.append(("used here", len(results))))
+    leaf = torch.full((2,), 7.0)
+    handle = start_with(Options(aside=aside), {"w": leaf}, Solo())
+    assert torch.equal(handle.wait()["w"], leaf)
+    own = [("own streams", True, "cuda:7")] * aside
+    done = ["done there"] * aside
+    assert said == [("marked", "cuda:7"), *own, "comes after the mark", *done, ("used here", int(aside))]
+
+
+@pytest.mark.parametrize("aside", [True, False])
+def test_what_goes_aside_goes_by_way_of_the_host(aside, monkeypatch):
+    """Where no order of NCCL's collectives, which the training may use, is touched."""
+    asked = []
+
+    def fn(group):
+        group.device_verbs = asked.append
+        leaf = torch.full((3,), float(group.rank))
+        return start_with(Options(aside=aside), leaf, group).wait().tolist()
+
+    monkeypatch.setattr(arrays, "_accelerator", lambda leaf: "cuda:7")  # it says so
+    monkeypatch.setattr(_device, "current_stream", lambda device: None)
+    assert run_ranks(2, fn) == [[0.5] * 3] * 2
+    assert asked == ([] if aside else ["cuda"] * 2)
+
+
+def test_streams_of_a_threads_own(monkeypatch):
+    said = []
+
+    class Stream:
+        def __init__(self, device):
+            self.device = device
+
+        def record_event(self):
+            return SimpleNamespace(synchronize=lambda: said.append("waited"))
+
+    @contextlib.contextmanager
+    def within(stream):
+        said.append(f"in a stream of {stream.device}")
+        yield
+        said.append("left")
+
+    monkeypatch.setattr(torch, "xpu", SimpleNamespace(current_stream=Stream, Stream=Stream, stream=within))
+    with _device.side_streams(["cpu", "xpu:1"]):
+        said.append("works")
+    assert said == ["in a stream of xpu:1", "works", "waited", "left"]
+    recorded = []
+    tensor = SimpleNamespace(device="xpu:1", record_stream=lambda stream: recorded.append(stream.device))
+    _device.use_here([torch.ones(2), tensor])
+    assert recorded == ["xpu:1"]
+
+
+def streamed(group, device):
+    """Train by streaming DiLoCo, two steps under way; return what comes of it, and seconds of the first sending."""
+    averager = streaming_diloco(8, fragments=2, delay=2, mix=0.25, group=group)
+    params = {name: torch.linspace(0, 1, 300_000, device=device).view(300, 1000) for name in "ab"}
+    state, seconds = averager.init(params), 0.0
+    for step in range(20):
+        draw = torch.Generator().manual_seed(100 * step + group.rank)
+        params = {name: leaf + torch.randn(leaf.shape, generator=draw).to(device) for name, leaf in params.items()}
+        if device != "cpu" and step == 1:
+            torch.cuda.synchronize()
+            torch.cuda._sleep(SLOW)
+        begin = time.perf_counter()
+        params, state = averager.update(params, state)
+        seconds = time.perf_counter() - begin if step == 1 else seconds
+    assert {vector.device.type for vector in state.sent.values()} == {torch.device(device).type}
+    return [leaf.cpu() for leaf in params.values()], seconds
+
+
+@gpu
+def test_fragments_of_a_gpu_travel_beside_what_it_computes():
+    expected = run_ranks(2, lambda group: streamed(group, "cpu"))
+    for (found, seconds), (params, _) in zip(
+        run_ranks(2, lambda group: streamed(group, "cuda")), expected, strict=True
+    ):
+        assert seconds < 0.05  # who sends does not wait for what is queued
+        for leaf, other in zip(found, params, strict=True):
+            torch.testing.assert_close(leaf, other, rtol=0, atol=1e-5)  # a GPU fuses products and sums
 
 
 def nccl_group(rank):
