@@ -149,7 +149,11 @@ def test_when():
         ({"mix": float("nan")}, ValueError, "mix must be at least 0 and at most 1, got nan"),
         ({"mix": 1.5}, ValueError, "mix must be at least 0 and at most 1, got 1.5"),
         ({"mix": "half"}, TypeError, "mix must be a number, got 'half' of type str"),
-        ({"outer": 3}, TypeError, "outer must be of funcavg.outer, an optax transform, or a function"),
+        (
+            {"outer": 3},
+            TypeError,
+            "streaming_diloco: outer must be of funcavg.outer, an optax transform, or a function",
+        ),
         ({"timeout": 0}, ValueError, "streaming_diloco: timeout must be positive"),
     ],
 )

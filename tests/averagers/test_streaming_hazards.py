@@ -91,6 +91,30 @@ def test_training_goes_on_while_fragments_travel_and_no_step_sends_much():
     assert min(shares[1]) > 0.85, shares  # 0.97 where nobody else computes
 
 
+@pytest.mark.parametrize(
+    ("shapes", "fragments", "part"),
+    [
+        ([(16, 100), (33, 10), (7,)], 3, 1 / 3),
+        ([(1, 1000)] * 4 + [(5, 100)], 3, 2000 / 4500),  # no cut of such rows is better
+        ([(10, 100), (50,), (20, 50)], [lambda path: path[0] == 1, lambda path: True], 2000 / 2050),
+    ],
+)
+def test_no_step_sends_more_than_the_largest_fragment(shapes, fragments, part):
+    def fn(group, averager):
+        params, sent = [np.ones(shape, np.float32) for shape in shapes], []
+        state = averager.init(params)
+        for _ in range(12):
+            before = group.bytes_sent
+            params, state = averager.update(params, state)
+            sent.append(group.bytes_sent - before)
+        return max(sent)
+
+    settings = {"fragments": fragments, "delay": 0}  # so that the update that sends has sent
+    whole = run_ranks(2, lambda group: fn(group, diloco(12, group=group)))
+    ours = run_ranks(2, lambda group: fn(group, streaming_diloco(12, group=group, **settings)))
+    assert all(one <= 1.1 * part * all_of_it for one, all_of_it in zip(ours, whole, strict=True)), (ours, whole)
+
+
 def gloo_or_mpi(comm, settings):
     if isinstance(comm, int):
         with_dtensors(comm)
@@ -787,6 +811,48 @@ def test_leaves_of_several_kinds_in_a_program():
 
     one, other = run_ranks(2, fn)
     assert one == other
+
+
+SHARDED = """
+import contextlib
+import jax, jax.numpy as jnp, numpy as np
+import funcavg
+from funcavg.testing import run_ranks
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+def fn(group, place, context, delay):
+    with context():
+        fragments = [lambda path: path[0] == "w", lambda path: True]
+        averager = funcavg.streaming_diloco(4, fragments=fragments, delay=delay, mix=0.5, group=group)
+        params = {"w": place(jnp.arange(32.0).reshape(8, 4)), "b": jnp.ones(3)}
+        state = averager.init(params)
+        for _ in range(9):
+            params = jax.tree.map(lambda leaf: leaf - 1 - group.rank, params)
+            params, state = averager.update(params, state)
+        kept = params["w"].sharding, state.anchor[0]["w"].sharding
+        return [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(params)], kept
+
+for delay in (0, 1):
+    plain = run_ranks(2, lambda group: fn(group, lambda leaf: leaf, contextlib.nullcontext, delay))
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((2,), ("x",), axis_types=(kind,))
+        for spec in (P("x", None), P(None, "x"), P(None, None)):
+            for context in (contextlib.nullcontext, lambda: jax.set_mesh(mesh)):
+                sharding = NamedSharding(mesh, spec)
+                place = lambda leaf: jax.device_put(leaf, sharding)
+                placed = run_ranks(2, lambda group: fn(group, place, context, delay))
+                for (found, kept), (wanted, _) in zip(placed, plain):
+                    np.testing.assert_array_equal(found[0], wanted[0])
+                    np.testing.assert_array_equal(found[1], wanted[1])
+                    assert all(one.is_equivalent_to(sharding, 2) for one in kept), (kept, sharding)
+"""
+
+
+def test_arrays_of_jax_that_are_sharded():
+    """By types that say so, too ("explicit"), of which reshapes and cuts are refused; here whole leaves."""
+    skip_without("jax")
+    environ = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    subprocess.run([sys.executable, "-c", SHARDED], check=True, env=environ, timeout=100)
 
 
 @pytest.mark.parametrize("count", [1, 40])
