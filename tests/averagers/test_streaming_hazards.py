@@ -143,6 +143,36 @@ def with_dtensors(rank):
     assert torch.equal(*ends)
 
 
+def arrives_by_itself(comm):
+    """Say, of both fragments, whether what one update has sent arrives although this thread does something else."""
+    group, found = as_collective(None if isinstance(comm, int) else comm), []
+    params = {"w": np.full((64, 1000), float(group.rank))}
+    averager = streaming_diloco(8, fragments=2, delay=2, group=group)
+    state = averager.init(params)
+    for _ in range(8):
+        params, state = averager.update(params, state)
+        flight = _flights._UNDER_WAY.get(id(group))
+        if flight is not None and not flight.has_landed:
+            deadline = time.monotonic() + 20
+            while not flight.handle.done() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            found.append(flight.handle.done() and not flight.handle._flight._waits_for_caller)
+    return found
+
+
+@pytest.mark.parametrize("node", ["on", "off"])
+def test_fragments_arrive_by_themselves(node, monkeypatch):
+    assert run_ranks(2, arrives_by_itself) == [[True] * 4] * 2
+    monkeypatch.setenv("FUNCAVG_NODE", node)
+    skip_without("torch")
+    assert run_processes(2, arrives_by_itself) == [[True] * 4] * 2
+
+
+@pytest.mark.mpi
+def test_fragments_arrive_by_themselves_over_mpi():
+    assert mpi.run_mpi(2, arrives_by_itself) == [[True] * 4] * 2
+
+
 def over_threads(framework):
     return run_ranks(2, lambda group: train(SETTINGS.averager(group), group, framework, 14))
 
