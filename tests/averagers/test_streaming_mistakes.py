@@ -4,11 +4,7 @@ import numpy as np
 import pytest
 from test_streaming import nothing_is_left  # noqa: F401  # for every test of this module, too
 
-from funcavg import (
-    TreeMismatchError,
-    average,
-    streaming_diloco,
-)
+from funcavg import TreeMismatchError, average, streaming_diloco
 from funcavg.collectives import Solo
 from funcavg.testing import run_ranks
 

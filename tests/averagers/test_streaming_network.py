@@ -19,15 +19,7 @@ from helpers.processes import run_processes
 from test_averagers import same
 from test_streaming import nothing_is_left  # noqa: F401  # for every test of this module, too
 
-from funcavg import (
-    PeerLostError,
-    average,
-    diloco,
-    forget,
-    outer,
-    start_average,
-    streaming_diloco,
-)
+from funcavg import PeerLostError, average, diloco, forget, outer, start_average, streaming_diloco
 from funcavg.averagers import _flights
 from funcavg.collectives import as_collective
 from funcavg.collectives.threads import Threads
