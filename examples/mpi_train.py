@@ -42,7 +42,7 @@ Tree = dict[str, Any]
 COMM = MPI.COMM_WORLD
 VALIDATION = 1024  # windows
 POST_LOCAL, STREAMING = METHODS = ("post-local", "streaming")
-TITLES = {POST_LOCAL: "post-local SGD", STREAMING: "streaming DiLoCo"}
+TITLES = {POST_LOCAL: "post-local SGD", STREAMING: "streaming DiLoCo, in fragments"}
 FRAGMENTS, DELAY = 4, 1
 
 
@@ -96,8 +96,7 @@ def train(args: argparse.Namespace) -> None:
         log["averagings"] += in_warmup + fires
         bar.update()
         # Between two averages ranks hold different parameters: a checkpoint waits for the next one. (In streaming
-        # DiLoCo
-        # they always do, and each rank's state is saved, with what is under way.)
+        # DiLoCo they always do, and each rank's state is saved, with what is under way.)
         if (in_warmup or fires) and (ends or (step + 1) // args.every > saved // args.every):
             saved = step + 1
             log["sent"] = sum(group.bytes_sent for group in groups) - sent_before
@@ -122,7 +121,10 @@ def streaming(args: argparse.Namespace) -> Averager:
 
 
 def validate(params: Params, valid: torch.Tensor, group: Any) -> float:
-    """Return the validation loss. Each rank reads some of the windows, and the mean over ranks is an average, too."""
+    """Return the validation loss. Each rank reads some of the windows, and the mean over ranks is an average, too.
+
+    (Of streaming DiLoCo, each reads them with the model that it has.)
+    """
     with torch.no_grad():
         loss = torch.stack([len(part) * loss_fn(params, part) for part in valid.split(16)]).sum() / len(valid)
         return average(loss, group, weight=len(valid)).item()

@@ -63,7 +63,8 @@ class _InC(Coder):
         # bfloat16 has no blocks, so all is one piece.
         self._cut = np.array([[0, self.length]], np.int64) if bits == BITS["bfloat16"] else self.pieces
         self._found = found
-        self._wire = _Wire(bits, found.level, address(_masks()), (*middles,), (*centroids,))
+        self._masks = _masks()  # kept here: another thread's, made at the same time, may be in the cache
+        self._wire = _Wire(bits, found.level, address(self._masks), (*middles,), (*centroids,))
 
     def encode(self, numbers: Floats, code: Bytes, *, mean: bool) -> None:
         row, out = _place(numbers, np.float32, self._end), _place(code, np.uint8, self.width, written=True)

@@ -6,7 +6,8 @@ So ranks whose leaves are tied in different ways, and runs whose leaves are tied
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from funcavg._trees import Leaf, Request, combine, flatten, is_dtensor, paths
 from funcavg.averagers._base import averaged_lines, described, layout_of
 from funcavg.averagers._fragments import Fragments, Parts, Piece, Size, cut_by_number, cut_by_paths
 from funcavg.averagers._outer_step import differences, has_tracers, refuse_tree
-from funcavg.averagers._packing import is_sharded, lengths_of
+from funcavg.averagers._packing import can_hold, is_sharded, lengths_of
 
 __all__ = ["Cut", "Cutter", "local", "pieces_of", "places_of", "ties_of", "with_memory_of_its_own"]
 
@@ -36,18 +37,18 @@ class Cutter:
         self._count = fragments if isinstance(fragments, int) else len(fragments)
         self._replicas = group.axis if isinstance(group, Stacked) else None
         self._known: dict[Any, Cut] = {}
-        self._last: tuple[Any, Any, Cut] | None = (
-            None  # anchors, what the tree is like: most updates see those of the one before
-        )
+        # Most updates see the anchors of the one before: their leaves, not kept, what the tree is like, and the cut.
+        self._last: tuple[list[Callable[[], Any]], Any, Cut] | None = None
 
     def parts_of(self, request: Request) -> Parts:
         """Cut a tree as the user says; of tied leaves the first."""
         layout, ties = layout_of(request), request.ties
         names = {i: layout.name(i) for i in range(len(layout.averaged)) if i not in ties}
+        sizes = [self._size_of(leaf) for leaf in request.leaves]
         if isinstance(self._fragments, int):
-            return cut_by_number([self._size_of(leaf) for leaf in request.leaves], self._fragments, list(names))
+            return cut_by_number(sizes, self._fragments, list(names))
         of_leaves = paths(request.flat.spec)
-        return cut_by_paths([of_leaves[position] for position in layout.averaged], self._fragments, names)
+        return cut_by_paths([of_leaves[position] for position in layout.averaged], self._fragments, names, sizes)
 
     def anchors_of(self, request: Request) -> tuple[Any, ...]:
         """Return the fragments of a tree, as the user says; tied leaves go with the first."""
@@ -71,13 +72,12 @@ class Cutter:
                 f"{self._who}: this state is of {len(anchors)} fragments, and fragments={self._count} now. Go on with "
                 f"as many, or begin anew with init."
             )
-        if self._last is not None and self._last[0] is anchors and self._last[1] == layout_of(request).signature:
-            cut = self._last[2]
-        else:
+        cut = self._cut_of_last(anchors, request)
+        if cut is None:
             cut = self._looked_up(anchors, request)
-            self._last = anchors, layout_of(request).signature, cut
-        found_lengths = cut.lengths if sent is None else {kind: len(vector) for kind, vector in sent.items()}
-        if found_lengths != cut.lengths:
+            self._remember(anchors, layout_of(request).signature, cut)
+        if sent is not None and not can_hold(sent, cut.lengths):
+            found_lengths = {name: len(vector) for name, vector in sent.items()}
             raise ValueError(
                 f"{self._who}: what is sent is kept in vectors of {cut.lengths}, and this state, of a run with other "
                 f"settings, has {found_lengths or 'none'}. Go on with those, or begin anew with init."
@@ -86,9 +86,21 @@ class Cutter:
 
     def same(self, anchors: Any, cut: Cut) -> Any:
         """Return anchors, of which the next update need not be told that they are cut as the last ones."""
-        if self._last is not None and self._last[2] is cut and not has_tracers(anchors):
-            self._last = anchors, self._last[1], cut
+        if self._last is not None and self._last[2] is cut:
+            self._remember(anchors, self._last[1], cut)
         return anchors
+
+    def _remember(self, anchors: Any, signature: Any, cut: Cut) -> None:
+        leaves = flatten(anchors).leaves
+        self._last = None if has_tracers(leaves) else ([_weak(leaf) for leaf in leaves], signature, cut)
+
+    def _cut_of_last(self, anchors: Any, request: Request) -> Cut | None:
+        if self._last is None:
+            return None
+        known, signature, cut = self._last
+        leaves = flatten(anchors).leaves
+        are_they = len(known) == len(leaves) and all(find() is leaf for find, leaf in zip(known, leaves, strict=True))
+        return cut if are_they and signature == layout_of(request).signature else None
 
     def _looked_up(self, anchors: Any, request: Request) -> Cut:
         key = layout_of(described(anchors)), layout_of(request)
@@ -132,6 +144,14 @@ class Cutter:
     def _axis(self, ndim: int) -> int:
         """Return the axis along which a leaf is cut."""
         return 1 if self._replicas is not None and ndim and self._replicas % ndim == 0 else 0
+
+
+def _weak(leaf: Any) -> Callable[[], Any]:
+    """Return a reference that does not keep a leaf; a number, which has none, is kept."""
+    try:
+        return weakref.ref(leaf)
+    except TypeError:
+        return lambda: leaf
 
 
 def _joined(pieces: Sequence[tuple[int, Leaf, str]], axis: int, rows: int) -> list[str]:

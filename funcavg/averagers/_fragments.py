@@ -61,6 +61,11 @@ class Size(NamedTuple):
     rows: int  # 1 if it cannot be cut
     nbytes: int  # of a row
 
+    @property
+    def total(self) -> int:
+        """All its bytes."""
+        return self.rows * self.nbytes
+
 
 def check_fragments(fragments: Any, period: int, delay: Any, mix: Any) -> tuple[Fragments, int, float]:
     """Return the arguments of `funcavg.streaming_diloco`, or raise what is wrong with them."""
@@ -157,38 +162,45 @@ class Timetable:
 def cut_by_number(sizes: Sequence[Size], count: int, kept: Sequence[int]) -> Parts:
     """Cut leaves, those that are ``kept``, into so many consecutive parts, of which the largest is as small as can be.
 
+    Leaves without elements go with the one before: a part has something to send.
+
     >>> cut_by_number([Size(3, 10), Size(1, 15)], 2, [0, 1])
     [[Piece(leaf=0, rows=slice(0, 2, None), axis=0)],
      [Piece(leaf=0, rows=slice(2, 3, None), axis=0), Piece(leaf=1, rows=None, axis=0)]]
     """
-    rows = sum(max(sizes[i].rows, 1) for i in kept)
+    full = [i for i in kept if sizes[i].total]
+    rows = sum(sizes[i].rows for i in full)
     if rows < count:
         raise ValueError(
             f"streaming_diloco: {count} fragments of a tree whose averaged leaves have {rows} rows along their first "
-            f"axes: a fragment has at least one. Take fewer."
+            f"axes, without empty ones: a fragment has at least one. Take fewer."
         )
-    low = max(sizes[i].nbytes for i in kept)
-    high = max(low, sum(sizes[i].rows * sizes[i].nbytes for i in kept))
+    low, high = max(sizes[i].nbytes for i in full), sum(sizes[i].total for i in full)
     while low < high:
         middle = (low + high) // 2
-        if len(_filled(sizes, kept, middle, count)) <= count:
+        if len(_filled(sizes, full, middle, count)) <= count:
             high = middle
         else:
             low = middle + 1
-    return _filled(sizes, kept, high, count)
+    parts = _filled(sizes, full, high, count)
+    for i in set(kept).difference(full):
+        part = next((part for part in reversed(parts) if part[0].leaf < i), parts[0])
+        part.append(Piece(i))
+        part.sort(key=lambda piece: piece.leaf)
+    return parts
 
 
 def _filled(sizes: Sequence[Size], kept: Sequence[int], most: int, count: int) -> Parts:
     """Fill parts with rows, in order, up to ``most`` bytes each, and leave a row at least for each part to come."""
     parts: Parts = [[]]
-    room, left = most, sum(max(sizes[i].rows, 1) for i in kept)
+    room, left = most, sum(sizes[i].rows for i in kept)
     for i in kept:
-        total, nbytes = max(sizes[i].rows, 1), sizes[i].nbytes
+        total, nbytes = sizes[i].rows, sizes[i].nbytes
         start = 0
         while start < total:
             # Of the rows that are left, the parts that are still to come need one each.
             spare = left - max(count - len(parts), 0)
-            fit = min(total - start, room // nbytes if nbytes else total, max(spare, 0))
+            fit = min(total - start, room // nbytes, max(spare, 0))
             if fit == 0 and parts[-1]:
                 parts.append([])
                 room = most
@@ -200,7 +212,9 @@ def _filled(sizes: Sequence[Size], kept: Sequence[int], most: int, count: int) -
     return parts
 
 
-def cut_by_paths(paths: Sequence[Path], predicates: Sequence[Any], names: Mapping[int, str]) -> Parts:
+def cut_by_paths(
+    paths: Sequence[Path], predicates: Sequence[Any], names: Mapping[int, str], sizes: Sequence[Size]
+) -> Parts:
     """Give each averaged leaf, by its path, to the first predicate that accepts it; raise for what is left over."""
     parts: Parts = [[] for _ in predicates]
     for i, name in names.items():
@@ -212,9 +226,22 @@ def cut_by_paths(paths: Sequence[Path], predicates: Sequence[Any], names: Mappin
             )
         parts[taker].append(Piece(i))
     for k, part in enumerate(parts):
-        if not part:
+        if any(sizes[piece.leaf].total for piece in part):
+            continue
+        who = f"streaming_diloco: fragment {k} of {len(parts)} ({predicates[k]!r})"
+        if part:
             raise ValueError(
-                f"streaming_diloco: fragment {k} of {len(parts)} ({predicates[k]!r}) accepts none of the {len(names)} "
-                f"averaged leaves that earlier ones leave it, the first of which is {next(iter(names.values()), None)}."
+                f"{who} accepts leaves without elements only, such as {names[part[0].leaf]}: there is nothing to send. "
+                f"Let another fragment accept them."
             )
+        if (taken := next((i for i in names if predicates[k](paths[i])), None)) is not None:
+            raise ValueError(
+                f"{who} accepts nothing that earlier ones leave it: {names[taken]}, for one, is taken. Put it before "
+                f"them, or leave it out."
+            )
+        first = next(((name, paths[i]) for i, name in names.items()), None)
+        raise ValueError(
+            f"{who} accepts none of the {len(names)} averaged leaves. It is called with the path of each, a tuple of "
+            f"keys and positions" + ("." if first is None else f": that of {first[0]} is {first[1]!r}.")
+        )
     return parts

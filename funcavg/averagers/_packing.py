@@ -6,16 +6,17 @@ torch's in the background, JAX's at once.
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from funcavg._trees import is_jax
 
-__all__ = ["Form", "empty", "forms_of", "is_sharded", "lengths_of", "pack", "unpack"]
+__all__ = ["Form", "can_hold", "empty", "forms_of", "is_sharded", "lengths_of", "pack", "unpack"]
 
 Lengths = dict[str, int]  # elements of the largest fragment, by kind
 
@@ -38,10 +39,12 @@ def _kinds(leaves: Sequence[Any]) -> dict[str, str]:
     """Return, for the kind of each leaf, that of its vector: beside arrays of JAX's, what a program makes of it."""
     if not any(map(is_jax, leaves)):
         return {kind_of(leaf): kind_of(leaf) for leaf in leaves}
-    canonical = sys.modules["jax"].dtypes.canonicalize_dtype
-    return {
-        kind_of(leaf): str(canonical(np.asarray(leaf).dtype if not is_jax(leaf) else leaf.dtype)) for leaf in leaves
-    }
+    return {kind: kind if kind.startswith("torch") else _in_a_program(kind) for kind in map(kind_of, leaves)}
+
+
+def _in_a_program(kind: str) -> str:
+    """Return the dtype that JAX has for one of NumPy's."""
+    return str(sys.modules["jax"].dtypes.canonicalize_dtype(np.dtype(kind)))
 
 
 def lengths_of(fragments: Sequence[Sequence[Any]]) -> Lengths:
@@ -84,15 +87,16 @@ def _concatenated(like: Any, leaves: Sequence[Any], length: int) -> Any:
 def _in_one_part(leaf: Any) -> Any:
     """Return an array whose type says that it is sharded, of which reshapes are refused, as one that is not."""
     import jax
-    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-    if AxisType.Explicit not in jax.typeof(leaf).sharding.mesh.axis_types:
+    sharding: Any = jax.sharding
+    whole, kinds = sharding.PartitionSpec(), sharding.AxisType
+    if kinds.Explicit not in jax.typeof(leaf).sharding.mesh.axis_types:
         return leaf
-    if isinstance(leaf, jax.core.Tracer) or not jax.sharding.get_abstract_mesh().empty:
-        return jax.sharding.reshard(leaf, PartitionSpec())
+    if isinstance(leaf, jax.core.Tracer) or not sharding.get_abstract_mesh().empty:
+        return sharding.reshard(leaf, whole)
     mesh = leaf.sharding.mesh
-    untyped = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-    return jax.device_put(leaf, NamedSharding(untyped, PartitionSpec()))
+    untyped = sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=(kinds.Auto,) * len(mesh.axis_names))
+    return jax.device_put(leaf, sharding.NamedSharding(untyped, whole))
 
 
 def is_sharded(leaf: Any, axis: int) -> bool:
@@ -110,28 +114,50 @@ def is_sharded(leaf: Any, axis: int) -> bool:
 
 def pack(leaves: Sequence[Any], vectors: Mapping[str, Any]) -> dict[str, Any]:
     """Return new vectors, as long as these, that hold the leaves, and zeros behind."""
-    packed = {}
-    kinds = [_kind_in(vectors, kind_of(leaf)) for leaf in leaves]
-    for kind, vector in vectors.items():
+    packed = dict(vectors)
+    groups = _by_kind(vectors)
+    kinds = [_kind_in(groups, kind_of(leaf)) for leaf in leaves]
+    for kind, names in groups.items():
         own = [leaf for leaf, of in zip(leaves, kinds, strict=True) if of == kind]
-        if is_jax(vector):
-            packed[kind] = _concatenated(vector, own, len(vector))
-            continue
-        is_torch = kind.startswith("torch")
-        packed[kind] = vector.new_zeros(len(vector)) if is_torch else np.zeros(len(vector), vector.dtype)
-        begin = 0
-        for leaf in own:
-            end = begin + math.prod(np.shape(leaf))
-            packed[kind][begin:end].reshape(np.shape(leaf))[...] = leaf
-            begin = end
+        lengths = [len(vectors[name]) for name in names]
+        whole = _packed(own, vectors[names[0]], sum(lengths))
+        for name, end, length in zip(names, itertools.accumulate(lengths), lengths, strict=True):
+            packed[name] = whole if len(names) == 1 else whole[end - length : end]
     return packed
 
 
-def _kind_in(vectors: Mapping[str, Any], kind: str) -> str:
-    """Return which vector holds leaves of a kind."""
-    if kind in vectors:
-        return kind
-    return str(sys.modules["jax"].dtypes.canonicalize_dtype(np.dtype(kind)))
+def _packed(leaves: Sequence[Any], like: Any, length: int) -> Any:
+    if is_jax(like):
+        return _concatenated(like, leaves, length)
+    vector = like.new_zeros(length) if hasattr(like, "new_zeros") else np.zeros(length, like.dtype)
+    begin = 0
+    for leaf in leaves:
+        end = begin + math.prod(np.shape(leaf))
+        vector[begin:end].reshape(np.shape(leaf))[...] = leaf
+        begin = end
+    return vector
+
+
+def _by_kind(vectors: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the names of the vectors of each kind: of several, where JAX has made float64 float32 since `empty`."""
+    groups: dict[str, list[str]] = {}
+    for name, vector in vectors.items():
+        groups.setdefault(kind_of(vector), []).append(name)
+    return groups
+
+
+def can_hold(vectors: Mapping[str, Any], lengths: Lengths) -> bool:
+    """Say whether vectors are those of `empty` for fragments of these lengths, or what a program has made of them."""
+    groups = _by_kind(vectors)
+    found = {kind: sum([len(vectors[name]) for name in names]) for kind, names in groups.items()}
+    if all(names == [kind] for kind, names in groups.items()):
+        return found == lengths
+    return all(found.get(kind, 0) >= length for kind, length in lengths.items())
+
+
+def _kind_in(kinds: Container[str], kind: str) -> str:
+    """Return in which kind of vector leaves of a kind lie."""
+    return kind if kind in kinds else _in_a_program(kind)
 
 
 def forms_of(leaves: Sequence[Any]) -> list[Form]:
@@ -141,11 +167,18 @@ def forms_of(leaves: Sequence[Any]) -> list[Form]:
 
 def unpack(vectors: Mapping[str, Any], forms: Sequence[Form]) -> list[Any]:
     """Return the leaves that lie in vectors, as views."""
-    begins = dict.fromkeys(vectors, 0)
+    whole = {kind: _joined([vectors[name] for name in names]) for kind, names in _by_kind(vectors).items()}
+    begins = dict.fromkeys(whole, 0)
     leaves = []
     for form in forms:
-        kind = _kind_in(vectors, form.kind)
+        kind = _kind_in(whole, form.kind)
         begin = begins[kind]
         begins[kind] += math.prod(form.shape)
-        leaves.append(vectors[kind][begin : begins[kind]].reshape(form.shape))
+        leaves.append(whole[kind][begin : begins[kind]].reshape(form.shape))
     return leaves
+
+
+def _joined(vectors: Sequence[Any]) -> Any:
+    if len(vectors) == 1:
+        return vectors[0]
+    return (sys.modules["jax"].numpy if is_jax(vectors[0]) else np).concatenate(vectors)

@@ -18,7 +18,7 @@ from funcavg._trees import Options, check_weight, flatten, is_dtensor, is_jax, w
 from funcavg.averagers._base import is_local
 from funcavg.averagers._flights import begin, is_under_way, land
 from funcavg.averagers._outer_step import has_tracers
-from funcavg.averagers._packing import Form, unpack
+from funcavg.averagers._packing import Form, pack, unpack
 
 __all__ = ["Travel", "in_place_of", "kept_weight"]
 
@@ -103,10 +103,7 @@ class Travel:
         return own
 
     def _land_there(self, sent: Vectors, kept: float, step: int) -> Vectors:
-        results = {kind: np.zeros_like(vector) for kind, vector in sent.items()}
-        for place, mean in zip(unpack(results, self.forms), self._land(sent, kept, step), strict=True):
-            place[...] = mean
-        return results
+        return pack(self._land(sent, kept, step), sent)
 
 
 def in_place_of(anchor: Any, means: Sequence[Any]) -> Any:

@@ -5,10 +5,10 @@ import itertools
 import numpy as np
 import pytest
 from helpers.frameworks import jnp, torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from funcavg import FuncavgError, average, stacked, streaming_diloco
+from funcavg import FuncavgError, average, outer, stacked, streaming_diloco
 from funcavg.averagers._fragments import Size, Timetable, cut_by_number
 from funcavg.collectives import Solo
 from funcavg.testing import run_ranks
@@ -30,19 +30,26 @@ def test_a_number_cuts_all_rows_in_order_and_the_largest_part_is_as_small_as_can
     sizes = [Size(rows, nbytes * bool(rows)) for rows, nbytes in leaves]
     tied = data.draw(st.sets(st.sampled_from(range(len(sizes))), max_size=len(sizes) - 1))
     kept = [i for i in range(len(sizes)) if i not in tied]
-    rows = [(i, row) for i in kept for row in range(max(sizes[i].rows, 1))]  # a leaf without rows goes somewhere, too
+    rows = [(i, row) for i in kept if sizes[i].total for row in range(sizes[i].rows)]
+    assume(rows)
     count = data.draw(st.integers(1, min(len(rows), 6)))
     parts = cut_by_number(sizes, count, kept)
-    found, weights = [], []
+    found, weights, empty = [], [], []
     for part in parts:
         taken = []
+        assert [piece.leaf for piece in part] == sorted({piece.leaf for piece in part})
         for piece in part:
-            span = piece.rows or slice(0, max(sizes[piece.leaf].rows, 1))
+            if not sizes[piece.leaf].total:  # it goes somewhere, too, beside others
+                assert piece.rows is None
+                empty.append(piece.leaf)
+                continue
+            span = piece.rows or slice(0, sizes[piece.leaf].rows)
             taken += [(piece.leaf, row) for row in range(span.start, span.stop)]
         found += taken
         weights.append(sum(sizes[i].nbytes for i, _ in taken))
         assert taken
     assert found == rows
+    assert sorted(empty) == [i for i in kept if not sizes[i].total]
     assert len(parts) == count
     assert max(weights) == smallest_largest([sizes[i].nbytes for i, _ in rows], count)
 
@@ -97,8 +104,35 @@ def test_a_leaf_that_no_predicate_accepts_and_one_that_accepts_none():
     ):
         averager.init(tree)
     averager = streaming_diloco(4, fragments=[lambda path: True, lambda path: "w" in path], group=Solo())
-    with pytest.raises(ValueError, match=r"fragment 1 of 2 \(<function .*\) accepts none of the 2 averaged leaves"):
+    words = (
+        r"fragment 1 of 2 \(<function .*\) accepts nothing that earlier ones leave it: params_tree\['a'\]\['w'\], for"
+    )
+    with pytest.raises(ValueError, match=words):
         averager.init(tree)
+    averager = streaming_diloco(4, fragments=[lambda path: path[0] == "w", lambda path: True], group=Solo())
+    words = (
+        r"fragment 0 of 2 .* accepts none of the 2 averaged leaves.*: that of params_tree\['a'\]\['w'\] is \('a', 'w'\)"
+    )
+    with pytest.raises(ValueError, match=words):
+        averager.init(tree)
+    averager = streaming_diloco(4, fragments=[lambda path: path[0] == "e", lambda path: True], group=Solo())
+    with pytest.raises(ValueError, match=r"fragment 0 .* leaves without elements only, such as params_tree\['e'\]"):
+        averager.init(tree | {"e": np.zeros((0, 3))})
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+def test_empty_leaves_go_with_others(delay):
+    def fn(group):
+        params = {"a": np.zeros((0, 3)), "w": np.full((2, 4), float(group.rank)), "z": np.zeros(0)}
+        averager = streaming_diloco(4, fragments=2, delay=delay, group=group, outer=outer.sgd(1.0))
+        state = averager.init(params)
+        for _ in range(4):
+            params, state = averager.update({name: leaf + group.rank for name, leaf in params.items()}, state)
+        return [params[name].shape for name in "az"], shapes(state.anchor), params["w"][1, 0]
+
+    last = 0.5 + 4 / 2 if delay == 0 else 0.5 + 3 / 2
+    found = [(0, 3), (0,)], [{"a": (0, 3), "w": (1, 4), "z": None}, {"a": None, "w": (1, 4), "z": (0,)}], last
+    assert run_ranks(2, fn) == [found] * 2
 
 
 def test_a_wire_that_cannot_be_is_refused_by_init():

@@ -6,6 +6,7 @@ import pickle
 import signal
 import threading
 import time
+import weakref
 
 import numpy as np
 import optree
@@ -156,10 +157,12 @@ def test_the_weight_at_the_sending_counts():
         state = averager.init(params)
         for weight in ("never read", [1.0, 0.0][group.rank], -1.0, "never read"):
             params, state = averager.update(params + 1 + group.rank, state, weight=weight)
-            path.append(float(params[0]))
+            path.append((float(params[0]), float(state.weight)))
         return path
 
-    assert run_ranks(2, fn) == [[1.0, 2.0, 3.0, 2.0], [2.0, 4.0, 6.0, 2.0]]
+    none = np.nan
+    expected = [[(1.0, none), (2.0, 1.0), (3.0, 1.0), (2.0, none)], [(2.0, none), (4.0, 0.0), (6.0, 0.0), (2.0, none)]]
+    np.testing.assert_equal(run_ranks(2, fn), expected)
 
 
 # `diloco` is a special case.
@@ -381,6 +384,22 @@ def test_a_living_group_that_goes_back_to_a_state_goes_on_from_it():
     run_ranks(2, fn)
 
 
+def test_who_goes_back_with_other_parameters_sends_those():
+    """With the same averager, at the same steps: only the bits tell what is under way from what is to be sent."""
+
+    def fn(group):
+        averager = streaming_diloco(4, fragments=1, delay=2, outer=outer.sgd(1.0), group=group)
+        params = np.full(3, float(group.rank))
+        start = params, averager.init(params)
+        for count, change in ((3, 0.0), (4, 10.0)):
+            params, state = start
+            for _ in range(count):
+                params, state = averager.update(params + change, state)
+        return params[0]
+
+    assert run_ranks(2, fn) == [20.5, 20.5]
+
+
 # JAX.
 
 
@@ -434,3 +453,59 @@ def test_in_a_compiled_scan_and_from_there_eagerly_and_back(settings, rule, weig
 
     run_ranks(2, fn, timeout=100)
     jax.clear_caches()  # programs keep their groups
+
+
+@pytest.mark.parametrize("narrow", [np.float64, np.float32])
+def test_trees_of_numpy_and_of_numbers_in_programs(narrow):
+    """JAX makes float32 of float64 there: what is sent still has its places."""
+
+    def fn(group):
+        averager = streaming_diloco(4, fragments=2, delay=1, mix=0.25, outer=outer.sgd(1.0), group=group)
+        params = {"a": np.full((4, 2), 1 + group.rank, narrow), "b": np.ones(2), "c": 1.0 + group.rank}
+
+        def step(carry, _=None):
+            params, state = carry
+            return averager.update(jax.tree.map(lambda leaf: leaf + 1 + group.rank, params), state), None
+
+        def run(step, count=10, carry=None):
+            carry = carry or (params, averager.init(params))
+            for _ in range(count):
+                carry, _ = step(carry)
+            return carry
+
+        compiled = jax.jit(step)
+        ends = [run(step), run(compiled), run(step, 4, run(compiled, 6))]  # a fragment is under way between
+        ends.append(jax.lax.scan(step, (params, averager.init(params)), None, length=10)[0])
+        for end, _ in ends:
+            jax.tree.map(lambda leaf, other: np.testing.assert_allclose(leaf, other, rtol=1e-6), ends[0][0], end)
+        assert [list(state.sent) for _, state in ends] == [list(ends[0][1].sent)] * 4
+
+    run_ranks(2, fn, timeout=100)
+
+
+def test_programs_leave_no_tracer_and_states_no_anchor_behind():
+    averager, params = streaming_diloco(4, fragments=2, delay=1, group=Solo()), {"a": jnp.ones((4, 2))}
+    with jax.checking_leaks():
+        params, state = jax.jit(averager.update)(params, averager.init(params))
+    params, state = averager.update(params, state)
+    leaf = weakref.ref(state.anchor[0]["a"])
+    assert leaf() is not None
+    del state
+    gc.collect()
+    assert leaf() is None
+
+
+def test_leaves_of_torch_beside_those_of_jax():
+    def fn(group, kinds):
+        params = {name: kinds[name](np.ones(4, np.float32)) for name in "jnt"}
+        averager, seen = streaming_diloco(4, fragments=2, delay=1, group=group), []
+        state = averager.init(params)
+        for _ in range(8):
+            params, state = averager.update({name: leaf + 1 + group.rank for name, leaf in params.items()}, state)
+            seen.append([np.asarray(leaf).tolist() for leaf in params.values()])
+        assert [type(leaf) for leaf in params.values()] == [type(kinds[name](np.ones(1))) for name in "jnt"]
+        return seen
+
+    mixed = run_ranks(2, lambda group: fn(group, {"j": jnp.asarray, "n": np.asarray, "t": torch.as_tensor}))
+    plain = run_ranks(2, lambda group: fn(group, dict.fromkeys("jnt", np.asarray)))
+    np.testing.assert_allclose(mixed, plain, rtol=1e-6)

@@ -159,6 +159,16 @@ def test_ties_are_kept_if_all_ranks_have_them_and_never_change_values(tied, dela
         assert one == other
 
 
+@pytest.mark.parametrize("array", [np.zeros, torch.zeros, jnp.zeros])
+def test_anchors_keep_no_more_memory_than_their_rows(array):
+    state = streaming_diloco(4, fragments=4, group=Solo()).init({"w": array((400, 25))})
+    for anchor in state.anchor:
+        leaf = anchor["w"]
+        held = leaf.untyped_storage().nbytes() if hasattr(leaf, "untyped_storage") else leaf.nbytes
+        assert held == leaf.nbytes == 100 * 25 * leaf.dtype.itemsize
+        assert getattr(leaf, "base", None) is None
+
+
 def test_ties_that_end_are_no_other_tree():
     """As those of functional steps do: every leaf that comes out is new."""
 

@@ -199,7 +199,10 @@ def test_synchronisations_are_logged(caplog):
         params = {"a": np.zeros((2, 8), np.float32), "b": np.zeros((2, 4), np.float32), "n": 3}
         state = averager.init(params)
         for _ in range(4):
+            before = params, state
             params, state = averager.update(params, state)
+        if delay:  # what has landed is not averaged again, and no line says so
+            averager.update(*before)
 
     seconds = r"\d+ bytes sent, \d+\.\d{6} seconds"
     for delay, waited in ((0, "$"), (1, " waited$")):
@@ -212,6 +215,25 @@ def test_synchronisations_are_logged(caplog):
         assert sum(line.startswith("streaming_diloco, anchor: step 0, 2 leaves averaged, ") for line in lines) == 2
         assert len(lines) == 6
         assert all(int(re.search(r"(\d+) bytes", line)[1]) > 48 for line in lines)
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+def test_a_rank_that_is_late_is_waited_for_as_long_as_the_user_says(delay):
+    def fn(group):
+        averager = streaming_diloco(4, fragments=1, delay=delay, group=group, timeout=1.0)
+        params = np.full(2, float(group.rank))
+        state, begin = averager.init(params), time.monotonic()
+        try:
+            for step in range(4):
+                if group.rank == 1 and step == 3 - delay:  # which sends
+                    time.sleep(4)
+                    return None
+                params, state = averager.update(params, state)
+        except PeerLostError as error:
+            return step, "waited 1 s for rank" in str(error), time.monotonic() - begin < 3
+        return None
+
+    assert run_ranks(2, fn) == [(3, True, True), None]
 
 
 # Who else wants the group, and who leaves.

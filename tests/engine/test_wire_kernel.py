@@ -1,6 +1,8 @@
 """Wires in C: the bytes and bits of NumPy's, of any numbers in any pieces, at any address, in any mode."""
 
+import gc
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -314,6 +316,19 @@ def test_pieces_are_copied_and_lie_in_their_row():
     for bad in ([[-4, 10]], [[0, 10], [10, -5]]):
         with pytest.raises(ValueError, match="pieces must"):
             coder_in_c("int8", np.array(bad))
+
+
+def test_coders_keep_what_c_reads():
+    """Two threads that make the first coders at once have a table each, of which the cache keeps one."""
+    row = np.random.default_rng(6).normal(size=2048).astype(np.float32)
+    coders._masks.cache_clear()
+    coder = coder_in_c("int4", pieces_of([2048]))
+    expected = encoded(coder, row, mean=False)
+    table = weakref.ref(coders._masks())
+    coders._masks.cache_clear()
+    gc.collect()
+    assert table() is not None
+    np.testing.assert_array_equal(encoded(coder, row, mean=False), expected)
 
 
 DRIVER = """
