@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from funcavg._compile import not_compiled
@@ -171,9 +171,15 @@ def start_average(  # noqa: PLR0913  # as average
     return start_with(options, params_tree, group)
 
 
-def start_with(options: Options, params_tree: T, group: Any, who: str = "start_average") -> Handle[T]:
-    """As `start_average`, with options that have been checked, for ``who``."""
-    call = Call(who, params_tree, group, options)
+def start_with(
+    options: Options,
+    params_tree: T,
+    group: Any,
+    who: str = "start_average",
+    keep: Callable[[Handle[Any]], None] | None = None,
+) -> Handle[T]:
+    """As `start_average`, with options that have been checked, for ``who``; ``keep``: see `depart`."""
+    call = Call(who, params_tree, group, options, keep)
     return cast("Handle[T]", way_of(call).start(call))
 
 

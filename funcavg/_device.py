@@ -6,6 +6,7 @@ A stream does its work in order. What is queued on another one, by another threa
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -41,16 +42,27 @@ def in_stream_of_here(call: Callable[[], T], device: Any) -> Callable[[], T]:
 
 @contextlib.contextmanager
 def side_streams(devices: Iterable[Any]) -> Iterator[None]:
-    """Queue on fresh streams of some devices, beside all that others compute there; at the end, wait for them."""
+    """Queue on other streams of some devices, beside all that is computed there; at the end, wait for them."""
     import torch
 
     devices = [device for device in devices if current_stream(device) is not None]
     with contextlib.ExitStack() as stack:
         for device in devices:
             of_kind: Any = getattr(torch, torch.device(device).type)
-            stack.enter_context(of_kind.stream(of_kind.Stream(device)))
-        yield
-        Mark(devices).synchronize()
+            stack.enter_context(of_kind.stream(_side_stream(device)))
+        try:
+            yield
+        finally:  # nothing reads or writes memory that others get
+            Mark(devices).synchronize()
+
+
+@functools.cache
+def _side_stream(device: Any) -> Any:
+    """Return one stream for all that goes on in the background: memory is kept for each stream that had some."""
+    import torch
+
+    of_kind: Any = getattr(torch, torch.device(device).type)
+    return of_kind.Stream(device)
 
 
 def use_here(tensors: Iterable[Any]) -> None:

@@ -228,7 +228,7 @@ def _torch_optimizer(factory: Callable[[Any], Any], who: str) -> Stepper:
     def step(pseudo_gradient: Any, state: Any, anchor: Any) -> tuple[Any, Any]:
         params, optimizer, flat = made(anchor, state)
         for param, delta in zip(params, flatten(pseudo_gradient).leaves, strict=True):
-            param.grad = delta
+            param.grad = delta.clone()  # torch may write to it, and to that of a tied leaf once more
         optimizer.step()
         return flat.rebuild([param.detach() for param in params]), state_of(optimizer)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from funcavg._engine.agree import Agreement
 from funcavg._engine.buckets import host_memory
 from funcavg._engine.engine import carry_out, compare, gather, move, reach_agreement
-from funcavg._engine.flight import Flight, Handle
+from funcavg._engine.flight import Handle, depart
 from funcavg._engine.kernel import kernel_in_use
 from funcavg._engine.mean import mean_into, tensor_mean_into
 from funcavg._engine.session import same_configuration, session_of
@@ -19,11 +19,11 @@ from funcavg._engine.several import InTurn, means_of
 
 __all__ = [
     "Agreement",
-    "Flight",
     "Handle",
     "InTurn",
     "carry_out",
     "compare",
+    "depart",
     "gather",
     "host_memory",
     "kernel_in_use",

@@ -20,7 +20,7 @@ from funcavg._engine.session import session_of
 from funcavg._trees import Request
 from funcavg.collectives.base import Collective
 
-__all__ = ["Flight", "Handle"]
+__all__ = ["Handle", "depart"]
 
 T = TypeVar("T")
 
@@ -58,6 +58,13 @@ class Handle(Generic[T]):
     def is_over(self) -> bool:
         """Whether somebody has waited for the result."""
         return self._flight is None
+
+    def call_off(self) -> bool:
+        """Undo the beginning, if nothing has been done yet; say whether that is so."""
+        if self._flight is None or not self._flight.call_off():
+            return False
+        self._flight, self._result = None, RuntimeError("start_average was interrupted before it began")
+        return True
 
     def drop(self) -> None:
         """Give up the result, and any error: as who drops the handle does, but without a warning."""
@@ -100,16 +107,34 @@ class Flight:
         devices = set() if request.layout is None else {leaf.device for leaf in request.layout.leaves} - {""}
         self._given = Mark(devices)  # wait() may be called on other streams than those that write the leaves
         in_callers_thread = getattr(collective, "in_callers_thread", False)
+        self._flying = self._called_off = False
         self._waits_for_caller = in_callers_thread or (bool(devices) and not request.options.aside)
         self._devices = set() if self._waits_for_caller else devices  # on which the thread has streams of its own
         self._results: list[Any] = []  # that have been made on those
+        self._thread: threading.Thread | None = None
+
+    def take_off(self) -> None:
+        """Begin."""
         if self._waits_for_caller:
             self._session.pause()  # the call is over the group as it is in wait()
         else:
             _IN_THE_AIR.add(self)
-            threading.Thread(target=self._fly, name="funcavg start_average", daemon=True).start()
+            self._thread = threading.Thread(target=self._fly, name="funcavg start_average", daemon=True)
+            self._thread.start()
+
+    def call_off(self) -> bool:
+        """Say that it need not begin; return whether that is in time."""
+        with self._guard:
+            self._called_off = not self._flying
+        if self._called_off:
+            _IN_THE_AIR.discard(self)
+        return self._called_off
 
     def _fly(self) -> None:
+        with self._guard:
+            if self._called_off:
+                return
+            self._flying = True
         try:
             aside = side_streams(self._devices) if self._devices else contextlib.nullcontext()
             with self._inside(), self._mode(), self._width(), aside:  # those of the caller's thread
@@ -124,13 +149,13 @@ class Flight:
             self._outcome = error
         collective = self._collective
         with self._guard:
-            _IN_THE_AIR.discard(self)
             if not self._waits_for_caller:
                 self._collective = None  # whoever keeps a handle does not keep the group
             self._over.set()
             if self._abandoned:
                 self._session.leave()
         del collective  # maybe the last who knew it: what ends with it may abandon this very flight
+        _IN_THE_AIR.discard(self)
 
     def landed(self) -> bool:
         """Say whether the thread is done, if there is one."""
@@ -138,6 +163,7 @@ class Flight:
 
     def land(self) -> Any:
         """Wait, if interrupted (Ctrl-C) again and again, and return the tree or the exception."""
+        self._session.refuse_in_a_fork("wait")  # where that thread is not
         if self._waits_for_caller:
             self._fly()
         while not self._over.wait(0.5):  # a signal may have come to another thread, which does not wake this one
@@ -162,9 +188,41 @@ class Flight:
         if hasattr(self._collective, "abort"):
             self._collective.abort()
 
-    def over_within(self, seconds: float) -> None:
-        """Wait for the thread to be done."""
-        self._over.wait(seconds)
+    def end_within(self, seconds: float) -> None:
+        """Wait for the thread to end."""
+        if self._thread is not None and self._thread.ident is not None:
+            self._thread.join(seconds)
+
+
+def depart(
+    who: str,
+    request: Request,
+    collective: Collective,
+    *,
+    inside: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    keep: Callable[[Handle[Any]], None] | None = None,
+) -> Handle[Any]:
+    """Begin a call. ``keep`` gets its handle first: who is interrupted (Ctrl-C) here has either begun nothing, or that.
+
+    ::
+
+        this thread   keep ─ start ─ ... ─✕ Ctrl-C: call_off ──► too late: the handle knows what is under way
+        the new one                   fly ─────────────────────►
+    """
+    session = session_of(collective)
+    session.enter(who, request.options.about)
+    handle: Handle[Any] | None = None
+    try:
+        flight = Flight(request, collective, inside)
+        handle = Handle(None, flight)
+        if keep is not None:
+            keep(handle)
+        flight.take_off()
+    except BaseException:  # or no thread to be had
+        if handle is None or handle.call_off():
+            session.leave()
+        raise
+    return handle
 
 
 def _clear_frames(error: BaseException | None) -> None:
@@ -184,6 +242,7 @@ def _end_flights() -> None:
     """End what is under way when the interpreter exits: a thread inside Gloo would take the process down with it."""
     flights = [flight for flight in _IN_THE_AIR if flight.pid == os.getpid()]  # not those of a process forked from
     for flight in flights:
-        flight.give_up("the interpreter exits")
+        if not flight.landed():
+            flight.give_up("the interpreter exits")
     for flight in flights:
-        flight.over_within(5.0)
+        flight.end_within(5.0)

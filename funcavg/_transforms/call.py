@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from funcavg._engine import session_of
+from funcavg._engine import Handle, session_of
 from funcavg._trees import Flat, Options, Request, failed_request, flatten, make_request
 from funcavg.collectives import Collective, as_collective
 
@@ -22,6 +22,7 @@ class Call:
     tree: Any
     group: Any
     options: Options
+    keep: Callable[[Handle[Any]], None] | None = None  # gets a handle before anything is under way
 
     @cached_property
     def collective(self) -> Collective | None:

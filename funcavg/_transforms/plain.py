@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from funcavg._engine import Flight, Handle, carry_out, session_of
+from funcavg._engine import Handle, carry_out, depart, session_of
 from funcavg._transforms.call import Call
 
 __all__ = ["average", "start", "takes"]
@@ -29,10 +29,4 @@ def start(call: Call) -> Handle[Any]:
     """Average in the background."""
     if call.collective is None:
         return Handle(call.tree)
-    session, request = session_of(call.collective), call.request()
-    session.enter(call.who, call.options.about)
-    try:
-        return Handle(None, Flight(request, call.collective))
-    except BaseException:  # no thread to be had
-        session.leave()
-        raise
+    return depart(call.who, call.request(), call.collective, keep=call.keep)

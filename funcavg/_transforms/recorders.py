@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from funcavg._compile import outside
-from funcavg._engine import Flight, Handle, carry_out, session_of
+from funcavg._engine import Handle, carry_out, depart, session_of
 from funcavg._transforms.call import Call
 from funcavg._trees import failed_request
 
@@ -40,8 +40,7 @@ def start(call: Call) -> Handle[Any]:
     """Raise on every rank, when it is waited for."""
     collective, request = call.collective, failed_request(RuntimeError(_words()), call.options)
     assert collective is not None
-    session_of(collective).enter(call.who)
-    return Handle(None, Flight(request, collective, outside))
+    return depart(call.who, request, collective, inside=outside, keep=call.keep)
 
 
 def _words() -> str:

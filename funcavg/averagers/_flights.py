@@ -10,8 +10,9 @@ import contextlib
 import time
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -21,21 +22,26 @@ from funcavg._trees import Options, family_of
 from funcavg.averagers._base import is_local, log_synchronisation
 from funcavg.collectives import as_collective
 
-__all__ = ["begin", "forget", "is_under_way", "land"]
+__all__ = ["begin", "forget", "is_under_way", "land", "turn_to"]
 
 
-class _Flight(NamedTuple):
-    """It is kept until the next one begins, also when it has landed: an update may be repeated."""
+@dataclass
+class _Flight:
+    """It is kept when it has landed, too, until the run goes on: an update may be repeated."""
 
     owner: weakref.ref[Any]  # the averager that has begun it
     vectors: Sequence[Any]  # what was sent
+    weight: float | None
     about: str  # and which fragment it is, of which step: ranks that hold equal vectors by chance do as the others
     handle: Handle[Any]
     sent: int  # bytes that this rank had sent before
+    step: int  # at which its run is
 
-    def is_of(self, owner: object, vectors: Sequence[Any], about: str) -> bool:
+    def is_of(self, owner: object, vectors: Sequence[Any], options: Options) -> bool:
         """Say whether these very bits are under way, or have landed."""
-        return self.owner() is owner and self.about == about and _are_same(self.vectors, vectors)
+        if self.owner() is not owner or (self.about, self.weight) != (options.about, options.weight):
+            return False
+        return _are_same(self.vectors, vectors)
 
     def may_be_ended_by(self, owner: object) -> bool:
         """Say whether its run is over: its averager has gone, or has gone back."""
@@ -51,8 +57,22 @@ _UNDER_WAY: dict[int, _Flight] = {}  # by the collective's id: it need not be ha
 _KNOWN: set[int] = set()  # collectives with whose end it is forgotten
 
 
+def turn_to(owner: object, group: Any, step: int) -> None:
+    """Let go of what the run at this step has no use for: what has landed before, or was begun by what it goes back on.
+
+    Ranks go back together, so all of them begin anew, also one whose bits are those of the time before.
+    """
+    key = id(as_collective(group))
+    flight = _UNDER_WAY.get(key)
+    if flight is None or flight.owner() is not owner:
+        return
+    if step < flight.step or (flight.has_landed and step > flight.step):
+        _let_go(key)
+    flight.step = step
+
+
 def begin(  # noqa: PLR0913  # private: what a flight is
-    owner: object, vectors: Sequence[Any], pieces: Sequence[Any], group: Any, options: Options, who: str
+    owner: object, vectors: Sequence[Any], pieces: Sequence[Any], group: Any, options: Options, who: str, step: int
 ) -> None:
     """Start to average ``pieces``, arrays in the memory of ``vectors``, neither of which may change until they land.
 
@@ -60,7 +80,7 @@ def begin(  # noqa: PLR0913  # private: what a flight is
     """
     collective: Any = as_collective(group)
     key = id(collective)
-    if (flight := _UNDER_WAY.get(key)) is not None and flight.is_of(owner, vectors, options.about):
+    if (flight := _UNDER_WAY.get(key)) is not None and flight.is_of(owner, vectors, options):
         return  # this update is repeated
     forget(owner, group)
     if collective.size == 1 or getattr(collective, "in_callers_thread", False):
@@ -70,8 +90,16 @@ def begin(  # noqa: PLR0913  # private: what a flight is
         weakref.finalize(collective, _end, key)
         session_of(collective).let_go = partial(_let_go, key)
     sent = _bytes_sent(collective)
-    handle = start_with(options, list(pieces), group, who)  # refuses if another averager's is under way
-    _UNDER_WAY[key] = _Flight(weakref.ref(owner), vectors, options.about, handle, sent)
+
+    def keep(handle: Handle[Any]) -> None:
+        _UNDER_WAY[key] = _Flight(weakref.ref(owner), vectors, options.weight, options.about, handle, sent, step)
+
+    try:
+        start_with(options, list(pieces), group, who, keep)  # refuses if another averager's is under way
+    except BaseException:
+        if key in _UNDER_WAY and _UNDER_WAY[key].has_landed:  # called off
+            del _UNDER_WAY[key]
+        raise
 
 
 def _end(key: int) -> None:
@@ -105,7 +133,10 @@ def is_under_way(owner: object, vectors: Sequence[Any], group: Any, options: Opt
     if collective.size == 1 or getattr(collective, "in_callers_thread", False):
         return True
     flight = _UNDER_WAY.get(id(collective))
-    return flight is not None and flight.is_of(owner, vectors, options.about)
+    if flight is None or not flight.is_of(owner, vectors, options):
+        return False
+    flight.vectors = vectors  # the next update need not compare their bits
+    return True
 
 
 def land(  # noqa: PLR0913  # as `begin`
@@ -114,7 +145,7 @@ def land(  # noqa: PLR0913  # as `begin`
     """Return the means of ``pieces``, of which the average may have begun; log that ``what`` has been averaged."""
     collective: Any = as_collective(group)
     start, flight = time.perf_counter(), _UNDER_WAY.get(id(collective))
-    if flight is not None and not flight.is_of(owner, vectors, options.about):
+    if flight is not None and not flight.is_of(owner, vectors, options):
         forget(owner, group)
         flight = None
     if flight is None:
@@ -140,8 +171,14 @@ def _bytes_sent(collective: Any) -> int:
 
 def _are_same(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
     return len(ours) == len(theirs) and all(
-        one is other or np.array_equal(_bits(one), _bits(other)) for one, other in zip(ours, theirs, strict=True)
+        one is other or (not _is_gone(one) and np.array_equal(_bits(one), _bits(other)))
+        for one, other in zip(ours, theirs, strict=True)
     )
+
+
+def _is_gone(vector: Any) -> bool:
+    """Say whether it was donated to a program of JAX's."""
+    return bool(getattr(vector, "is_deleted", bool)())
 
 
 def _bits(vector: Any) -> Any:

@@ -7,8 +7,6 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from funcavg import outer as outer_optimizers
 from funcavg._schedule import check_schedule
 from funcavg._trees import Options, Timeout, Where, combine, flatten
@@ -24,11 +22,11 @@ from funcavg.averagers._base import (
     without_grad,
 )
 from funcavg.averagers._cutting import Cutter, local, pieces_of, places_of, ties_of
-from funcavg.averagers._flights import forget
+from funcavg.averagers._flights import forget, turn_to
 from funcavg.averagers._fragments import Timetable, check_fragments
 from funcavg.averagers._outer_step import agreed_ties, check_wire, has_tracers, mixed, tied, with_values
 from funcavg.averagers._packing import empty, forms_of, pack, unpack
-from funcavg.averagers._travel import Travel, in_place_of, kept_weight
+from funcavg.averagers._travel import NONE, Travel, in_place_of, kept_weight
 
 if TYPE_CHECKING:
     from funcavg.wires import Wire
@@ -45,7 +43,7 @@ class StreamingState(NamedTuple):
     anchor: Any  # a tree for each fragment: its last synchronised parameters, None for what is of other fragments
     outer: Any  # the outer optimizer's state of each fragment
     sent: Any  # this rank's changes of the fragment that is under way, else zeros: vectors, by kind; none without delay
-    weight: Any  # this rank's weight when it was sent; NaN for none
+    weight: Any  # this rank's weight when it was sent, a float32; NaN for none
 
 
 def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
@@ -167,7 +165,7 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
         mean = synchronise(params, group, now, method=f"{NAME}, anchor", step=step)
         anchors = cutter.anchors_of(described(mean, where, ties=not has_tracers(mean)))
         sent = empty([local(flatten(anchor).leaves) for anchor in anchors]) if delay else {}
-        return anchors, tuple([optimizer.init(anchor) for anchor in anchors]), sent, np.nan
+        return anchors, tuple([optimizer.init(anchor) for anchor in anchors]), sent, NONE
 
     def travel(k: int, anchor: Any = None, ties: Mapping[int, int] | None = None) -> Travel:
         now = replace(options, wire=wire, about=f"fragment {k} {plan}")
@@ -231,7 +229,10 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
             return everything[0], *anchored(step, everything[0], weight)
 
         with without_grad():
-            again = None if traced or is_local(group) or not delay else table.under_way(int(step))
+            again = None
+            if delay and not traced and not is_local(group):
+                turn_to(cutter, group, int(step))
+                again = table.under_way(int(step))
             if again and not travel(again[0]).lost(state.sent, state.weight, again[1]):
                 again = None
             with failing_everywhere(group, options, others_wait=True if again else index):

@@ -16,13 +16,14 @@ import numpy as np
 from funcavg._transforms import do_in_order
 from funcavg._trees import Options, check_weight, flatten, is_dtensor, is_jax, wrap_local_tensor
 from funcavg.averagers._base import is_local
-from funcavg.averagers._flights import begin, is_under_way, land
+from funcavg.averagers._flights import begin, is_under_way, land, turn_to
 from funcavg.averagers._outer_step import has_tracers
 from funcavg.averagers._packing import Form, pack, unpack
 
-__all__ = ["Travel", "in_place_of", "kept_weight"]
+__all__ = ["NONE", "Travel", "in_place_of", "kept_weight"]
 
 Vectors = dict[str, Any]
+NONE = np.float32(np.nan)  # no weight
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Travel:
 
     def _begin(self, sent: Vectors, kept: Any, step: Any) -> None:
         now = self.options_at(kept, int(step))
-        begin(self.owner, list(sent.values()), self._readable(sent), self.group, now, self.who)
+        begin(self.owner, list(sent.values()), self._readable(sent), self.group, now, self.who, int(step))
 
     def _land(self, sent: Vectors, kept: Any, step: Any) -> list[Any]:
         now = self.options_at(kept, int(step) - self.delay)
@@ -98,11 +99,13 @@ class Travel:
         return dict(zip(kinds, do_in_order(there, arrays, kept, self.who), strict=False))
 
     def _begin_there(self, sent: Vectors, kept: float, step: int) -> Vectors:
+        turn_to(self.owner, self.group, step)
         own = {kind: np.array(vector) for kind, vector in sent.items()}
         self._begin(own, kept, step)
         return own
 
     def _land_there(self, sent: Vectors, kept: float, step: int) -> Vectors:
+        turn_to(self.owner, self.group, step)
         return pack(self._land(sent, kept, step), sent)
 
 
@@ -130,9 +133,22 @@ def _as(leaf: Any, value: Any) -> Any:
 
 
 def kept_weight(weight: Any, before: Any) -> Any:
-    """Return a weight as a state keeps it, NaN if there is none; or raise what is wrong with it."""
-    if not has_tracers((weight, before)):
-        return np.nan if weight is None else check_weight(weight)
-    import jax
+    """Return a weight as a state keeps it, NaN if there is none; or raise what is wrong with it.
 
-    return jax.numpy.asarray(np.nan if weight is None else weight, getattr(before, "dtype", float))
+    It is float32 everywhere: files and programs of JAX's may make that of it, and the run is to have the same bits.
+    """
+    if has_tracers((weight, before)):
+        import jax
+
+        return jax.numpy.asarray(np.nan if weight is None else weight, np.float32)
+    if weight is None:
+        return NONE
+    number = check_weight(weight)
+    with np.errstate(all="ignore"):
+        kept = np.float32(number)
+    if not (np.isfinite(kept) and bool(kept) == bool(number)):
+        raise ValueError(
+            f"weight is kept as a float32 while a fragment travels, so it must be 0, or from 1.2e-38 to 3.4e38, got "
+            f"{weight!r}. Only ratios count: scale the weights of all ranks."
+        )
+    return kept

@@ -1,5 +1,6 @@
 """Streaming DiLoCo: torchft's recorded runs, the equations as a plain loop, `diloco` as a special case, resuming."""
 
+import functools
 import gc
 import os
 import pickle
@@ -400,6 +401,61 @@ def test_who_goes_back_with_other_parameters_sends_those():
     assert run_ranks(2, fn) == [20.5, 20.5]
 
 
+@pytest.mark.parametrize("count", [0, 2])
+def test_ranks_that_go_back_together_begin_anew_also_where_one_does_the_same_again(count):
+    """To before what is under way, or has landed, was sent."""
+
+    def fn(group):
+        averager = streaming_diloco(4, fragments=1, delay=1, outer=outer.sgd(1.0), group=group, timeout=20)
+        params = np.full(3, float(group.rank))
+        start = params, averager.init(params)
+        for changes in ([1.0 + group.rank] * (3 + count), [1.0 + 99 * group.rank] * 4):
+            params, state = start
+            for change in changes:
+                params, state = averager.update(params + change, state)
+        return params[0]
+
+    assert run_ranks(2, fn) == [0.5 + 3 * (1 + 100) / 2] * 2
+
+
+def test_what_has_landed_is_kept_no_longer_than_an_update_may_be_repeated():
+    def fn(group):
+        averager = streaming_diloco(4, fragments=1, delay=1, group=group)
+        params = np.full(3, float(group.rank))
+        state, kept = averager.init(params), []
+        for _ in range(5):
+            params, state = averager.update(params, state)
+            kept.append(id(group) in _flights._UNDER_WAY)
+        return kept
+
+    assert run_ranks(2, fn) == [[False, False, True, True, False]] * 2
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_torch_optimizers_may_write_to_gradients(foreach):
+    """As they do with momentum: updates can be repeated, and tied leaves are not stepped twice."""
+    rule = lambda params: torch.optim.SGD(params, lr=0.7, momentum=0.9, nesterov=True, foreach=foreach)
+
+    def fn(group):
+        found = []
+        for make in (diloco, functools.partial(streaming_diloco, fragments=1, delay=1)):
+            leaf = torch.ones(5)
+            averager, params = make(4, outer=rule, group=group), {"a": leaf, "b": leaf}
+            state = averager.init(params)
+            for _ in range(4):
+                leaf = params["a"] + 1 + group.rank
+                before = {"a": leaf, "b": leaf}, state
+                params, state = averager.update(*before)
+            assert params["a"] is params["b"]
+            found.append(params["a"][0].item())
+            if make is not diloco:
+                assert torch.equal(averager.update(*before)[0]["a"], params["a"])
+        return found
+
+    expected = [1 + 0.7 * 1.9 * 1.5 * 4, 1 + 0.7 * 1.9 * 1.5 * 3]
+    np.testing.assert_allclose(run_ranks(2, fn), [expected] * 2, rtol=1e-6)
+
+
 # JAX.
 
 
@@ -479,6 +535,31 @@ def test_trees_of_numpy_and_of_numbers_in_programs(narrow):
         for end, _ in ends:
             jax.tree.map(lambda leaf, other: np.testing.assert_allclose(leaf, other, rtol=1e-6), ends[0][0], end)
         assert [list(state.sent) for _, state in ends] == [list(ends[0][1].sent)] * 4
+
+    run_ranks(2, fn, timeout=100)
+
+
+def test_weights_are_the_same_in_programs_and_files():
+    """None of these is a float32."""
+
+    def fn(group):
+        averager = streaming_diloco(2, fragments=1, delay=1, outer=outer.sgd(1.0), group=group)
+        weight = 0.1 + 0.2 * group.rank
+        draw = np.random.default_rng(group.rank)
+        changes = [jnp.asarray(draw.normal(size=500), jnp.float32) for _ in range(6)]
+
+        def run(steps, through=lambda state: state):
+            params = jnp.zeros(500)
+            state = averager.init(params)
+            for step, change in zip(steps, changes, strict=True):
+                params, state = step(params + change, state, weight=weight)
+                state = through(state)
+            return bits((params, state[1:]))  # a step is an integer, of any kind
+
+        eager, compiled = averager.update, jax.jit(averager.update)
+        file = lambda state: state._replace(weight=torch.as_tensor(state.weight).numpy())
+        ends = [run([eager] * 6), run([compiled] * 6), run([compiled] * 3 + [eager] * 3), run([eager] * 6, file)]
+        assert ends == [ends[0]] * 4
 
     run_ranks(2, fn, timeout=100)
 

@@ -1,5 +1,7 @@
 """Streaming DiLoCo where its user is wrong: every rank hears of it, and nothing hangs."""
 
+import re
+
 import numpy as np
 import pytest
 from test_streaming import nothing_is_left  # noqa: F401  # for every test of this module, too
@@ -50,6 +52,17 @@ def test_a_mistake_where_a_fragment_is_sent_is_everyones(name, delay, at):
         return average(float(group.rank), group)
 
     assert run_ranks(2, fn, timeout=20) == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("weight", [1e-60, 1e60])
+def test_weights_that_are_no_float32_are_refused_where_they_are_kept(weight):
+    params = {"a": np.zeros(2), "b": np.zeros(2)}
+    averager = make(Solo(), 1)
+    with pytest.raises(ValueError, match=f"kept as a float32 while .* got {re.escape(repr(weight))}. Only ratios"):
+        averager.update(params, averager.init(params), weight=weight)
+    averager = make(Solo(), 0)
+    _, state = averager.update(params, averager.init(params))
+    averager.update(params, state, weight=weight)
 
 
 def updates(averager, params, state, count):

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 
@@ -234,6 +235,69 @@ def test_a_rank_that_is_late_is_waited_for_as_long_as_the_user_says(delay):
         return None
 
     assert run_ranks(2, fn) == [(3, True, True), None]
+
+
+def interrupted(rank):
+    """Press Ctrl-C while the update that sends waits for its new thread, or before that; do it again."""
+    start, armed = threading.Thread.start, []
+
+    def start_late(thread):
+        if armed and thread.name == "funcavg start_average":
+            how = armed.pop()
+            if how == "after":
+                start(thread)
+            raise KeyboardInterrupt
+        start(thread)
+
+    averager, seen = streaming_diloco(4, fragments=1, delay=1, outer=outer.sgd(1.0), timeout=20), []
+    params = np.full(1000, float(rank))
+    state = averager.init(params)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_late)
+        for step in range(12):
+            before = params + 1 + rank, state
+            if rank == 0 and step in (2, 6):
+                armed.append("after" if step == 2 else "before")
+                with pytest.raises(KeyboardInterrupt):
+                    averager.update(*before)
+            params, state = averager.update(*before)
+            seen.append(params[0])
+    return seen
+
+
+def test_an_update_that_is_interrupted_while_it_sends_can_be_repeated():
+    # The mean changes by 3 x 1.5 until it is sent, and once by 4 x 1.5: the last step of each period comes after that.
+    (one, other), ends = run_processes(2, interrupted), [0.5 + 3 * 1.5]
+    ends += [ends[0] + 3 * 1.5, ends[0] + 6 * 1.5]
+    assert one[3::4] == other[3::4] == ends
+
+
+def forked(rank):
+    """Go on in a fork, where nothing is under way, and nothing would ever come."""
+    averager, found = streaming_diloco(4, fragments=1, delay=2), []
+    params = np.full(3, float(rank))
+    state = averager.init(params)
+    for _ in range(2):
+        params, state = averager.update(params, state)
+    for call in (lambda: averager.update(*averager.update(params, state)), lambda: averager.init(params)):
+        receive, send = os.pipe()
+        if (pid := os.fork()) == 0:
+            signal.alarm(20)
+            try:
+                call()
+            except RuntimeError as error:
+                os.write(send, str(error).encode())
+            os._exit(0)
+        os.waitpid(pid, 0)
+        os.close(send)
+        found.append(b"this process was forked from the one that the group belongs to" in os.read(receive, 1000))
+    for _ in range(2):
+        params, state = averager.update(params, state)
+    return found, params.tolist()
+
+
+def test_in_a_fork_updates_are_refused():
+    assert run_processes(2, forked) == [([True, True], [0.5] * 3)] * 2
 
 
 # Who else wants the group, and who leaves.
