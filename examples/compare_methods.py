@@ -2,7 +2,7 @@ r"""Ways to train a language model on several workers: how well each one learns,
 
 Every method is an averager, and all go through the loop in `train`: the same steps, text and optimizer, Adam.
 
-    python examples/compare_methods.py                          starts four workers of its own, and takes half an hour
+    python examples/compare_methods.py                          starts four workers of its own, and takes forty minutes
     python examples/compare_methods.py --steps 60 --seeds 1     only to see it run
 
 The learning rate is the one, of three, that is best for synchronous training: --rates 0.01 0.015 0.02 tries them again.
@@ -120,6 +120,7 @@ def train(method: str, rate: float, seed: int, job: Job, args: argparse.Namespac
     zeros = {name: torch.zeros_like(param) for name, param in init_params(seed).items()}
     inner = {"params": init_params(seed), "mean": zeros, "square": zeros}
     sent_to_all, counts, curve = everyone.bytes_sent, [sent()], []  # what was sent after each occasion to send
+    streams, applied = method in (STREAMING, LATE), 0  # fragments: what they send comes while training goes on
     averager, warmup = make_averager(method, job.pair, args)
     state = averager.init(inner["params"])
     counts.append(sent())
@@ -132,9 +133,11 @@ def train(method: str, rate: float, seed: int, job: Job, args: argparse.Namespac
             counts.append(sent())
         rising, falling = min(1, 20 * (step + 1) / args.steps), 1 - step / args.steps
         inner = adam(inner, grads, rate * rising * falling, step)
+        anchors = state.anchor if streams else None
         inner["params"], state = averager.update(inner["params"], state, donate=True)  # then whatever the method says
+        applied += streams and state.anchor is not anchors
         counts.append(sent())
-        within = everyone.bytes_sent == before or method in (STREAMING, LATE)
+        within = everyone.bytes_sent == before or streams
         if step + 1 == args.steps and within:  # the end lies within a period, or other fragments' do,
             funcavg.forget(everyone)  # and maybe one is still under way
             inner["params"] = average(inner["params"], donate=True)  # and the model is the mean of the workers'
@@ -142,7 +145,8 @@ def train(method: str, rate: float, seed: int, job: Job, args: argparse.Namespac
         if (step + 1) % EVERY == 0 or step + 1 == args.steps:
             curve.append((counts[-1] - counts[0], validate(inner["params"], job)))
         job.bar.update()
-    run = {"method": method, "rate": rate, "seed": seed, "loss": curve[-1][1], "averagings": len(set(counts)) - 1}
+    averagings = 2 + applied if streams else len(set(counts)) - 1  # 2: the first anchor, and the end
+    run = {"method": method, "rate": rate, "seed": seed, "loss": curve[-1][1], "averagings": averagings}
     return run | {"sent": curve[-1][0], "sent_to_all": everyone.bytes_sent - sent_to_all, "curve": curve}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,7 +27,7 @@ from funcavg.averagers._flights import forget, turn_to
 from funcavg.averagers._fragments import Timetable, check_fragments
 from funcavg.averagers._outer_step import agreed_ties, check_wire, has_tracers, mixed, tied, with_values
 from funcavg.averagers._packing import empty, forms_of, pack, unpack
-from funcavg.averagers._travel import NONE, Travel, in_place_of, kept_weight
+from funcavg.averagers._travel import Travel, in_place_of, kept_weight
 
 if TYPE_CHECKING:
     from funcavg.wires import Wire
@@ -43,7 +44,7 @@ class StreamingState(NamedTuple):
     anchor: Any  # a tree for each fragment: its last synchronised parameters, None for what is of other fragments
     outer: Any  # the outer optimizer's state of each fragment
     sent: Any  # this rank's changes of the fragment that is under way, else zeros: vectors, by kind; none without delay
-    weight: Any  # this rank's weight when it was sent, a float32; NaN for none
+    weight: Any  # this rank's weight when it was sent, rounded to float32; NaN for none
 
 
 def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
@@ -165,7 +166,7 @@ def streaming_diloco(  # noqa: PLR0913  # public: its options are keywords
         mean = synchronise(params, group, now, method=f"{NAME}, anchor", step=step)
         anchors = cutter.anchors_of(described(mean, where, ties=not has_tracers(mean)))
         sent = empty([local(flatten(anchor).leaves) for anchor in anchors]) if delay else {}
-        return anchors, tuple([optimizer.init(anchor) for anchor in anchors]), sent, NONE
+        return anchors, tuple([optimizer.init(anchor) for anchor in anchors]), sent, math.nan
 
     def travel(k: int, anchor: Any = None, ties: Mapping[int, int] | None = None) -> Travel:
         now = replace(options, wire=wire, about=f"fragment {k} {plan}")

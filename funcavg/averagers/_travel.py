@@ -20,10 +20,9 @@ from funcavg.averagers._flights import begin, is_under_way, land, turn_to
 from funcavg.averagers._outer_step import has_tracers
 from funcavg.averagers._packing import Form, pack, unpack
 
-__all__ = ["NONE", "Travel", "in_place_of", "kept_weight"]
+__all__ = ["Travel", "in_place_of", "kept_weight"]
 
 Vectors = dict[str, Any]
-NONE = np.float32(np.nan)  # no weight
 
 
 @dataclass(frozen=True)
@@ -135,18 +134,19 @@ def _as(leaf: Any, value: Any) -> Any:
 def kept_weight(weight: Any, before: Any) -> Any:
     """Return a weight as a state keeps it, NaN if there is none; or raise what is wrong with it.
 
-    It is float32 everywhere: files and programs of JAX's may make that of it, and the run is to have the same bits.
+    It is rounded to float32: files and programs of JAX's may do that to it, and the run is to have the same bits.
     """
     if has_tracers((weight, before)):
         import jax
 
-        return jax.numpy.asarray(np.nan if weight is None else weight, np.float32)
+        rounded = jax.numpy.asarray(np.nan if weight is None else weight, np.float32)
+        return rounded.astype(getattr(before, "dtype", float))
     if weight is None:
-        return NONE
+        return np.nan
     number = check_weight(weight)
     with np.errstate(all="ignore"):
-        kept = np.float32(number)
-    if not (np.isfinite(kept) and bool(kept) == bool(number)):
+        kept = float(np.float32(number))
+    if math.isinf(kept) or bool(kept) != bool(number):
         raise ValueError(
             f"weight is kept as a float32 while a fragment travels, so it must be 0, or from 1.2e-38 to 3.4e38, got "
             f"{weight!r}. Only ratios count: scale the weights of all ranks."

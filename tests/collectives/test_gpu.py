@@ -37,6 +37,7 @@ from funcavg.collectives.torch import DeviceVerbs, TorchCollective, device_route
 from funcavg.stateful import PeriodicModelAverager
 from funcavg.testing import run_ranks
 
+FAKED = (1, 17, 3, 1)  # a shape that no other test has: what is known of one is remembered
 SLOW = 200_000_000  # cycles, a tenth of a second, for which a stream has something else to do
 
 
@@ -308,7 +309,7 @@ def test_only_what_is_said_to_go_aside_is_averaged_in_a_thread_beside_other_stre
     monkeypatch.setattr(flight, "Mark", Noted)
     monkeypatch.setattr(flight, "side_streams", side_streams)
     monkeypatch.setattr(flight, "use_here", lambda results: said.append(("used here", len(results))))
-    leaf = torch.full((2,), 7.0)
+    leaf = torch.full(FAKED, 7.0)
     handle = start_with(Options(aside=aside), {"w": leaf}, Solo())
     assert torch.equal(handle.wait()["w"], leaf)
     own = [("own streams", True, "cuda:7")] * aside
@@ -323,12 +324,12 @@ def test_what_goes_aside_goes_by_way_of_the_host(aside, monkeypatch):
 
     def fn(group):
         group.device_verbs = asked.append
-        leaf = torch.full((3,), float(group.rank))
-        return start_with(Options(aside=aside), leaf, group).wait().tolist()
+        leaf = torch.full(FAKED, float(group.rank))
+        return start_with(Options(aside=aside), leaf, group).wait().unique().tolist()
 
     monkeypatch.setattr(arrays, "_accelerator", lambda leaf: "cuda:7")  # it says so
     monkeypatch.setattr(_device, "current_stream", lambda device: None)
-    assert run_ranks(2, fn) == [[0.5] * 3] * 2
+    assert run_ranks(2, fn) == [[0.5]] * 2
     assert asked == ([] if aside else ["cuda"] * 2)
 
 
