@@ -402,7 +402,7 @@ def main() -> None:
     if what in ([], ["wires"]):
         print_wires(rates or [200e6, 1e9, 2e9, 5e9, 10e9])
     if what in ([], ["training"]):
-        print_training(*(rates or [60e6]), 7)
+        print_training(*(rates or [66e6]), 7)
 
 
 if __name__ == "__main__":
