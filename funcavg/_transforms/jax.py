@@ -169,7 +169,7 @@ class _Errand:
 
     def refuse_derivatives(self) -> None:
         """Raise."""
-        raise ValueError(f"{self.who}: has no derivative; differentiate the loss, and not the averager.")
+        raise ValueError(f"{self.who} has no derivative; differentiate the loss, and not the averager.")
 
     def refuse_batches(self) -> None:
         """Raise."""
