@@ -29,8 +29,8 @@ class Handle(Generic[T]):
     """An average under way. Made by `funcavg.start_average`."""
 
     def __init__(self, result: Any, flight: Flight | None = None) -> None:
-        self._result, self._flight = result, flight
         self._one_at_a_time = threading.Lock()
+        self._result, self._flight = result, flight
 
     @not_compiled
     def wait(self) -> T:
@@ -56,15 +56,8 @@ class Handle(Generic[T]):
 
     @property
     def is_over(self) -> bool:
-        """Whether somebody has waited for the result."""
-        return self._flight is None
-
-    def call_off(self) -> bool:
-        """Undo the beginning, if nothing has been done yet; say whether that is so."""
-        if self._flight is None or not self._flight.call_off():
-            return False
-        self._flight, self._result = None, RuntimeError("start_average was interrupted before it began")
-        return True
+        """Whether somebody has waited for the result, or it was interrupted before it began."""
+        return self._flight is None or self._flight.called_off
 
     def drop(self) -> None:
         """Give up the result, and any error: as who drops the handle does, but without a warning."""
@@ -73,7 +66,8 @@ class Handle(Generic[T]):
             flight.abandon()
 
     def __del__(self) -> None:
-        if getattr(self, "_flight", None) is not None:
+        flight: Flight | None = getattr(self, "_flight", None)
+        if flight is not None and not flight.called_off:
             self.drop()
             warnings.warn(
                 "a handle of start_average was dropped without wait(): its result is lost, and so is any error",
@@ -95,19 +89,20 @@ class Flight:
         self._request, self._session = request, session_of(collective)
         self._collective: Any = collective
         self._inside = inside  # what the work must be done in
-        self._outcome: Any = None  # the tree, or the exception
+        self._outcome: Any = RuntimeError("start_average: it was interrupted")  # or the tree, or another exception
         torch = sys.modules.get("torch")
         inference = torch is not None and torch.is_inference_mode_enabled()
         self._mode = torch.inference_mode if torch is not None and inference else contextlib.nullcontext
         jax = sys.modules.get("jax")
         x64 = None if jax is None else jax.config.jax_enable_x64
         self._width = contextlib.nullcontext if jax is None or x64 is None else lambda: jax.enable_x64(x64)
-        self._guard, self.pid = threading.Lock(), os.getpid()
+        self._guard, self.pid = threading.RLock(), os.getpid()  # gc may drop the handle inside
+        self._holds = True  # the session
         self._over, self._abandoned = threading.Event(), False
         devices = set() if request.layout is None else {leaf.device for leaf in request.layout.leaves} - {""}
         self._given = Mark(devices)  # wait() may be called on other streams than those that write the leaves
         in_callers_thread = getattr(collective, "in_callers_thread", False)
-        self._flying = self._called_off = False
+        self._flying = self.called_off = False
         self._waits_for_caller = in_callers_thread or (bool(devices) and not request.options.aside)
         self._devices = set() if self._waits_for_caller else devices  # on which the thread has streams of its own
         self._results: list[Any] = []  # that have been made on those
@@ -118,21 +113,25 @@ class Flight:
         if self._waits_for_caller:
             self._session.pause()  # the call is over the group as it is in wait()
         else:
-            _IN_THE_AIR.add(self)
+            with _AIR:
+                _IN_THE_AIR.add(self)
             self._thread = threading.Thread(target=self._fly, name="funcavg start_average", daemon=True)
             self._thread.start()
 
-    def call_off(self) -> bool:
-        """Say that it need not begin; return whether that is in time."""
+    def call_off(self) -> None:
+        """Give the session back, and do not begin, if that is in time."""
         with self._guard:
-            self._called_off = not self._flying
-        if self._called_off:
-            _IN_THE_AIR.discard(self)
-        return self._called_off
+            self.called_off = not self._flying
+        if self.called_off:
+            self._outcome = RuntimeError("start_average: it was interrupted before it began")
+            self._thread = None  # which has not run, and keeps this
+            self._end()
+            self._leave()
+            self._over.set()
 
     def _fly(self) -> None:
         with self._guard:
-            if self._called_off:
+            if self.called_off or self._flying:
                 return
             self._flying = True
         try:
@@ -147,15 +146,26 @@ class Flight:
         except BaseException as error:  # raised by wait()
             _clear_frames(error)
             self._outcome = error
-        collective = self._collective
-        with self._guard:
-            if not self._waits_for_caller:
-                self._collective = None  # whoever keeps a handle does not keep the group
-            self._over.set()
-            if self._abandoned:
-                self._session.leave()
-        del collective  # maybe the last who knew it: what ends with it may abandon this very flight
-        _IN_THE_AIR.discard(self)
+        finally:
+            collective = self._collective
+            with self._guard:
+                if not self._waits_for_caller:
+                    self._collective = None  # whoever keeps a handle does not keep the group
+                self._over.set()
+                if self._abandoned:
+                    self._leave()
+            del collective  # maybe the last who knew it: what ends with it may abandon this very flight
+            self._end()
+
+    def _end(self) -> None:
+        with _AIR:
+            _IN_THE_AIR.discard(self)
+
+    def _leave(self) -> None:
+        """Give the session back, once: it may be another call's by now."""
+        if self._holds:
+            self._holds = False
+            self._session.leave()
 
     def landed(self) -> bool:
         """Say whether the thread is done, if there is one."""
@@ -163,24 +173,31 @@ class Flight:
 
     def land(self) -> Any:
         """Wait, if interrupted (Ctrl-C) again and again, and return the tree or the exception."""
-        self._session.refuse_in_a_fork("wait")  # where that thread is not
+        if self.pid != os.getpid() and not self._over.is_set():  # that thread is not here
+            raise RuntimeError(
+                f"wait: this process was forked from the one that the group belongs to ({self.pid}), where the average "
+                f"is under way. Wait there."
+            )
         if self._waits_for_caller:
             self._fly()
+            self._over.set()  # where it was interrupted, too
         while not self._over.wait(0.5):  # a signal may have come to another thread, which does not wake this one
             pass  # and no join, which an interrupt breaks (CPython issue 90882)
         use_here(self._results)
-        self._session.leave()
+        self._leave()
         return self._outcome
 
     def abandon(self) -> None:
         """Give the session back, now or when the thread is done."""
+        if self.pid != os.getpid() or self.called_off:  # a fork has none of it
+            return
         with self._guard:
             self._abandoned = True
             if self._waits_for_caller:
                 # Nothing was sent, while other ranks wait for it: they must not meet this rank's next call instead.
                 self.give_up("a handle of start_average was dropped without wait()")
             if self._waits_for_caller or self._over.is_set():
-                self._session.leave()
+                self._leave()
 
     def give_up(self, why: str) -> None:
         """Spend the group."""
@@ -190,8 +207,9 @@ class Flight:
 
     def end_within(self, seconds: float) -> None:
         """Wait for the thread to end."""
-        if self._thread is not None and self._thread.ident is not None:
-            self._thread.join(seconds)
+        if self._thread is not None:
+            with contextlib.suppress(RuntimeError):  # it has not begun
+                self._thread.join(seconds)
 
 
 def depart(
@@ -206,21 +224,23 @@ def depart(
 
     ::
 
-        this thread   keep ─ start ─ ... ─✕ Ctrl-C: call_off ──► too late: the handle knows what is under way
+        this thread   keep ─ start ─ ... ─✕ Ctrl-C: call off ──► too late: the handle knows what is under way
         the new one                   fly ─────────────────────►
     """
     session = session_of(collective)
     session.enter(who, request.options.about)
-    handle: Handle[Any] | None = None
+    flight: Flight | None = None
     try:
         flight = Flight(request, collective, inside)
-        handle = Handle(None, flight)
+        handle: Handle[Any] = Handle(None, flight)
         if keep is not None:
             keep(handle)
         flight.take_off()
     except BaseException:  # or no thread to be had
-        if handle is None or handle.call_off():
+        if flight is None:
             session.leave()
+        else:
+            flight.call_off()
         raise
     return handle
 
@@ -235,12 +255,14 @@ def _clear_frames(error: BaseException | None) -> None:
 
 
 _IN_THE_AIR: weakref.WeakSet[Flight] = weakref.WeakSet()
+_AIR = threading.RLock()
 
 
 @atexit.register
 def _end_flights() -> None:
     """End what is under way when the interpreter exits: a thread inside Gloo would take the process down with it."""
-    flights = [flight for flight in _IN_THE_AIR if flight.pid == os.getpid()]  # not those of a process forked from
+    with _AIR:
+        flights = [flight for flight in _IN_THE_AIR if flight.pid == os.getpid()]  # not those of a process forked from
     for flight in flights:
         if not flight.landed():
             flight.give_up("the interpreter exits")

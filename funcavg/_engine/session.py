@@ -74,7 +74,7 @@ class Session:
 
     def enter(self, what: str, about: str = "") -> None:
         """Begin a call; ``about``: what of an averager's, which ends in a later update."""
-        self.refuse_in_a_fork(what)
+        self._refuse_in_a_fork(what)
         if not self._lock.acquire(blocking=False):
             if self._spent is not None:
                 raise self._spent_error(what)
@@ -91,8 +91,7 @@ class Session:
         self._cure = "go on to the update that applies it, or funcavg.forget(group) on all ranks," if about else ""
         self._cure = self._cure or "wait for its handle"
 
-    def refuse_in_a_fork(self, what: str) -> None:
-        """Raise RuntimeError in a process that was forked from the group's."""
+    def _refuse_in_a_fork(self, what: str) -> None:
         if self._pid != os.getpid() and self._size > 1:
             raise RuntimeError(
                 f"{what}: this process was forked from the one that the group belongs to ({self._pid}), and has no "
@@ -138,7 +137,7 @@ class Session:
     def forget(self, group: Any) -> None:
         """Begin anew, on all ranks alike."""
         collective: Any = self._collective()
-        self.refuse_in_a_fork("forget")
+        self._refuse_in_a_fork("forget")
         if self.let_go is not None:
             self.let_go()
         if not self._lock.acquire(blocking=False):

@@ -37,8 +37,9 @@ class Cutter:
         self._count = fragments if isinstance(fragments, int) else len(fragments)
         self._replicas = group.axis if isinstance(group, Stacked) else None
         self._known: dict[Any, Cut] = {}
-        # Most updates see the anchors of the one before: their leaves, not kept, what the tree is like, and the cut.
-        self._last: tuple[list[Callable[[], Any]], Any, Cut] | None = None
+        # Most updates see the anchors of the one before: their structure, their leaves, not kept, what the tree is
+        # like, and the cut.
+        self._last: tuple[Any, list[Callable[[], Any]], Any, Cut] | None = None
 
     def parts_of(self, request: Request) -> Parts:
         """Cut a tree as the user says; of tied leaves the first."""
@@ -86,21 +87,23 @@ class Cutter:
 
     def same(self, anchors: Any, cut: Cut) -> Any:
         """Return anchors, of which the next update need not be told that they are cut as the last ones."""
-        if self._last is not None and self._last[2] is cut:
-            self._remember(anchors, self._last[1], cut)
+        if self._last is not None and self._last[3] is cut:
+            self._remember(anchors, self._last[2], cut)
         return anchors
 
     def _remember(self, anchors: Any, signature: Any, cut: Cut) -> None:
-        leaves = flatten(anchors).leaves
-        self._last = None if has_tracers(leaves) else ([_weak(leaf) for leaf in leaves], signature, cut)
+        flat = flatten(anchors)
+        weak = [_weak(leaf) for leaf in flat.leaves]
+        self._last = None if has_tracers(flat.leaves) else (flat.spec, weak, signature, cut)
 
     def _cut_of_last(self, anchors: Any, request: Request) -> Cut | None:
         if self._last is None:
             return None
-        known, signature, cut = self._last
-        leaves = flatten(anchors).leaves
-        are_they = len(known) == len(leaves) and all(find() is leaf for find, leaf in zip(known, leaves, strict=True))
-        return cut if are_they and signature == layout_of(request).signature else None
+        spec, known, signature, cut = self._last
+        flat = flatten(anchors)
+        if spec != flat.spec or any(find() is not leaf for find, leaf in zip(known, flat.leaves, strict=True)):
+            return None
+        return cut if signature == layout_of(request).signature else None
 
     def _looked_up(self, anchors: Any, request: Request) -> Cut:
         key = layout_of(described(anchors)), layout_of(request)

@@ -104,8 +104,12 @@ def begin(  # noqa: PLR0913  # private: what a flight is
 
 def _end(key: int) -> None:
     _KNOWN.discard(key)
+    _end_of(key)
+
+
+def _end_of(key: int) -> None:
     if (flight := _UNDER_WAY.pop(key, None)) is not None:
-        flight.handle.drop()
+        flight.handle.drop()  # in a fork, it has not been waited for
 
 
 def _let_go(key: int) -> None:
@@ -113,7 +117,7 @@ def _let_go(key: int) -> None:
     if (flight := _UNDER_WAY.get(key)) is not None:
         with contextlib.suppress(Exception):  # that run's; if the group is lost, the next call says so
             flight.handle.wait()
-        del _UNDER_WAY[key]
+        _end_of(key)
 
 
 def forget(owner: object, group: Any) -> None:
@@ -156,7 +160,7 @@ def land(  # noqa: PLR0913  # as `begin`
         try:
             means = flight.handle.wait()
         except Exception:
-            del _UNDER_WAY[id(collective)]
+            _end_of(id(collective))
             raise  # what interrupts, such as Ctrl-C, leaves it under way
         if landed_before:  # this update is repeated
             return list(means)

@@ -2,14 +2,17 @@
 
 They lie where the leaves do: on an accelerator, packing only queues copies. To be sent they are copied to the host:
 torch's in the background, JAX's at once.
+
+What programs of JAX's make one dtype (float32 of float64, unless x64 is on) shares a vector everywhere, so that leaves
+lie in the same places before and in a program: of the widest among them, or, beside arrays of JAX's, of what becomes of
+it.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +22,7 @@ from funcavg._trees import is_jax
 __all__ = ["Form", "can_hold", "empty", "forms_of", "is_sharded", "lengths_of", "pack", "unpack"]
 
 Lengths = dict[str, int]  # elements of the largest fragment, by kind
+NARROWED = {"float64": "float32", "complex128": "complex64"}  # in programs of JAX's, unless x64 is on
 
 
 class Form(NamedTuple):
@@ -36,15 +40,22 @@ def kind_of(leaf: Any) -> str:
 
 
 def _kinds(leaves: Sequence[Any]) -> dict[str, str]:
-    """Return, for the kind of each leaf, that of its vector: beside arrays of JAX's, what a program makes of it."""
-    if not any(map(is_jax, leaves)):
-        return {kind_of(leaf): kind_of(leaf) for leaf in leaves}
-    return {kind: kind if kind.startswith("torch") else _in_a_program(kind) for kind in map(kind_of, leaves)}
+    """Return, for the kind of each leaf, that of its vector."""
+    kinds = set(map(kind_of, leaves))
+    if any(map(is_jax, leaves)):
+        return {kind: kind if kind.startswith("torch") else _in_a_program(kind) for kind in kinds}
+    wide = {NARROWED[kind]: kind for kind in kinds & NARROWED.keys()}
+    return {kind: wide.get(kind, kind) for kind in kinds}
 
 
 def _in_a_program(kind: str) -> str:
     """Return the dtype that JAX has for one of NumPy's."""
     return str(sys.modules["jax"].dtypes.canonicalize_dtype(np.dtype(kind)))
+
+
+def _alike(kind: str) -> str:
+    """Return what kinds that share a vector have in common."""
+    return NARROWED.get(kind, kind)
 
 
 def lengths_of(fragments: Sequence[Sequence[Any]]) -> Lengths:
@@ -114,22 +125,17 @@ def is_sharded(leaf: Any, axis: int) -> bool:
 
 def pack(leaves: Sequence[Any], vectors: Mapping[str, Any]) -> dict[str, Any]:
     """Return new vectors, as long as these, that hold the leaves, and zeros behind."""
-    packed = dict(vectors)
-    groups = _by_kind(vectors)
-    kinds = [_kind_in(groups, kind_of(leaf)) for leaf in leaves]
-    for kind, names in groups.items():
-        own = [leaf for leaf, of in zip(leaves, kinds, strict=True) if of == kind]
-        lengths = [len(vectors[name]) for name in names]
-        whole = _packed(own, vectors[names[0]], sum(lengths))
-        for name, end, length in zip(names, itertools.accumulate(lengths), lengths, strict=True):
-            packed[name] = whole if len(names) == 1 else whole[end - length : end]
-    return packed
+    names = [_vector_of(kind_of(leaf), vectors) for leaf in leaves]
+    return {
+        name: _packed([leaf for leaf, its in zip(leaves, names, strict=True) if its == name], vector)
+        for name, vector in vectors.items()
+    }
 
 
-def _packed(leaves: Sequence[Any], like: Any, length: int) -> Any:
+def _packed(leaves: Sequence[Any], like: Any) -> Any:
     if is_jax(like):
-        return _concatenated(like, leaves, length)
-    vector = like.new_zeros(length) if hasattr(like, "new_zeros") else np.zeros(length, like.dtype)
+        return _concatenated(like, leaves, len(like))
+    vector = like.new_zeros(len(like)) if hasattr(like, "new_zeros") else np.zeros(len(like), like.dtype)
     begin = 0
     for leaf in leaves:
         end = begin + math.prod(np.shape(leaf))
@@ -138,26 +144,15 @@ def _packed(leaves: Sequence[Any], like: Any, length: int) -> Any:
     return vector
 
 
-def _by_kind(vectors: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the names of the vectors of each kind: of several, where JAX has made float64 float32 since `empty`."""
-    groups: dict[str, list[str]] = {}
-    for name, vector in vectors.items():
-        groups.setdefault(kind_of(vector), []).append(name)
-    return groups
+def _vector_of(kind: str, vectors: Mapping[str, Any]) -> str:
+    """Return which of the vectors holds leaves of a kind, whatever a program has made of either."""
+    return kind if kind in vectors else next(name for name in vectors if _alike(name) == _alike(kind))
 
 
 def can_hold(vectors: Mapping[str, Any], lengths: Lengths) -> bool:
     """Say whether vectors are those of `empty` for fragments of these lengths, or what a program has made of them."""
-    groups = _by_kind(vectors)
-    found = {kind: sum([len(vectors[name]) for name in names]) for kind, names in groups.items()}
-    if all(names == [kind] for kind, names in groups.items()):
-        return found == lengths
-    return all(found.get(kind, 0) >= length for kind, length in lengths.items())
-
-
-def _kind_in(kinds: Container[str], kind: str) -> str:
-    """Return in which kind of vector leaves of a kind lie."""
-    return kind if kind in kinds else _in_a_program(kind)
+    found = {name: len(vector) for name, vector in vectors.items()}
+    return found == lengths or {_alike(name): n for name, n in found.items()} == lengths
 
 
 def forms_of(leaves: Sequence[Any]) -> list[Form]:
@@ -166,19 +161,14 @@ def forms_of(leaves: Sequence[Any]) -> list[Form]:
 
 
 def unpack(vectors: Mapping[str, Any], forms: Sequence[Form]) -> list[Any]:
-    """Return the leaves that lie in vectors, as views."""
-    whole = {kind: _joined([vectors[name] for name in names]) for kind, names in _by_kind(vectors).items()}
-    begins = dict.fromkeys(whole, 0)
+    """Return the leaves that lie in vectors: as views, but those that are narrower than what they lie in."""
+    begins = dict.fromkeys(vectors, 0)
     leaves = []
     for form in forms:
-        kind = _kind_in(whole, form.kind)
-        begin = begins[kind]
-        begins[kind] += math.prod(form.shape)
-        leaves.append(whole[kind][begin : begins[kind]].reshape(form.shape))
+        name = _vector_of(form.kind, vectors)
+        begin = begins[name]
+        begins[name] += math.prod(form.shape)
+        leaf = vectors[name][begin : begins[name]].reshape(form.shape)
+        is_narrower = NARROWED.get(str(leaf.dtype)) == form.kind
+        leaves.append(leaf.astype(form.kind) if is_narrower else leaf)
     return leaves
-
-
-def _joined(vectors: Sequence[Any]) -> Any:
-    if len(vectors) == 1:
-        return vectors[0]
-    return (sys.modules["jax"].numpy if is_jax(vectors[0]) else np).concatenate(vectors)

@@ -139,14 +139,23 @@ def kept_weight(weight: Any, before: Any) -> Any:
     if has_tracers((weight, before)):
         import jax
 
-        rounded = jax.numpy.asarray(np.nan if weight is None else weight, np.float32)
-        return rounded.astype(getattr(before, "dtype", float))
+        numpy = jax.numpy
+        if has_tracers(weight):  # -1 is refused by all ranks, once it is sent
+            rounded = numpy.asarray(weight, np.float32)
+            kept = numpy.where(numpy.isnan(rounded) | ((rounded == 0) & (weight != 0)), -1, rounded)
+        else:
+            kept = numpy.asarray(_rounded(weight), np.float32)
+        return kept.astype(getattr(before, "dtype", float))
+    return _rounded(weight)
+
+
+def _rounded(weight: Any) -> float:
     if weight is None:
         return np.nan
     number = check_weight(weight)
     with np.errstate(all="ignore"):
         kept = float(np.float32(number))
-    if math.isinf(kept) or bool(kept) != bool(number):
+    if math.isinf(kept) or (number and kept < np.finfo(np.float32).tiny):
         raise ValueError(
             f"weight is kept as a float32 while a fragment travels, so it must be 0, or from 1.2e-38 to 3.4e38, got "
             f"{weight!r}. Only ratios count: scale the weights of all ranks."

@@ -511,9 +511,10 @@ def test_in_a_compiled_scan_and_from_there_eagerly_and_back(settings, rule, weig
     jax.clear_caches()  # programs keep their groups
 
 
+@pytest.mark.parametrize("before", [3, 7])
 @pytest.mark.parametrize("narrow", [np.float64, np.float32])
-def test_trees_of_numpy_and_of_numbers_in_programs(narrow):
-    """JAX makes float32 of float64 there: what is sent still has its places."""
+def test_trees_of_numpy_and_of_numbers_in_programs(narrow, before):
+    """JAX makes float32 of float64 there: what is sent still has its places, also if one goes on in the other."""
 
     def fn(group):
         averager = streaming_diloco(4, fragments=2, delay=1, mix=0.25, outer=outer.sgd(1.0), group=group)
@@ -529,12 +530,15 @@ def test_trees_of_numpy_and_of_numbers_in_programs(narrow):
                 carry, _ = step(carry)
             return carry
 
-        compiled = jax.jit(step)
-        ends = [run(step), run(compiled), run(step, 4, run(compiled, 6))]  # a fragment is under way between
+        compiled, after, ends = jax.jit(step), 10 - before, [run(step)]
+        for one, other in ((compiled, compiled), (compiled, step), (step, compiled)):
+            carry = run(one, before, (params, averager.init(params)))
+            assert any(np.asarray(vector).any() for vector in carry[1].sent.values()) or group.size == 1
+            ends.append(run(other, after, carry))
         ends.append(jax.lax.scan(step, (params, averager.init(params)), None, length=10)[0])
         for end, _ in ends:
             jax.tree.map(lambda leaf, other: np.testing.assert_allclose(leaf, other, rtol=1e-6), ends[0][0], end)
-        assert [list(state.sent) for _, state in ends] == [list(ends[0][1].sent)] * 4
+        assert [list(state.sent) for _, state in ends] == [["float64"]] * 5
 
     run_ranks(2, fn, timeout=100)
 

@@ -1,9 +1,11 @@
 """Streaming DiLoCo where its user is wrong: every rank hears of it, and nothing hangs."""
 
+import functools
 import re
 
 import numpy as np
 import pytest
+from helpers.frameworks import jax, jnp
 from test_streaming import nothing_is_left  # noqa: F401  # for every test of this module, too
 
 from funcavg import TreeMismatchError, average, streaming_diloco
@@ -54,15 +56,31 @@ def test_a_mistake_where_a_fragment_is_sent_is_everyones(name, delay, at):
     assert run_ranks(2, fn, timeout=20) == [0.5, 0.5]
 
 
-@pytest.mark.parametrize("weight", [1e-60, 1e60])
+@pytest.mark.parametrize("weight", [1e-60, 1e-40, 1e60])
 def test_weights_that_are_no_float32_are_refused_where_they_are_kept(weight):
     params = {"a": np.zeros(2), "b": np.zeros(2)}
     averager = make(Solo(), 1)
     with pytest.raises(ValueError, match=f"kept as a float32 while .* got {re.escape(repr(weight))}. Only ratios"):
         averager.update(params, averager.init(params), weight=weight)
+    if jax:
+        with pytest.raises(ValueError, match="Only ratios"):
+            jax.jit(functools.partial(averager.update, weight=weight))(params, averager.init(params))
     averager = make(Solo(), 0)
     _, state = averager.update(params, averager.init(params))
     averager.update(params, state, weight=weight)
+
+
+def test_a_weight_in_a_program_that_is_no_number_is_refused_where_it_is_applied():
+    def fn(group):
+        averager, params = make(group, 1), {"a": jnp.zeros(2), "b": jnp.zeros(2)}
+        step, state = jax.jit(lambda params, state, weight: averager.update(params, state, weight=weight)), None
+        state = averager.init(params)
+        params, state = step(params, state, jnp.nan)
+        with pytest.raises(Exception, match="weight must be finite and at least 0, got -1"):
+            jax.block_until_ready(step(params, state, jnp.nan))
+        return True
+
+    assert run_ranks(2, fn) == [True] * 2
 
 
 def updates(averager, params, state, count):

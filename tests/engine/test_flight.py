@@ -2,7 +2,9 @@
 
 import contextlib
 import gc
+import inspect
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -13,6 +15,9 @@ from helpers.frameworks import jax, jnp, torch
 from helpers.processes import interruptible
 
 from funcavg import PeerLostError, TreeMismatchError, average, start_average
+from funcavg._average import start_with
+from funcavg._engine import flight
+from funcavg._trees import Options
 from funcavg.collectives import Solo
 from funcavg.testing import run_ranks
 
@@ -29,6 +34,106 @@ def test_the_result_is_that_of_average():
         return torch.equal(result["t"], expected["t"]) and result["n"] == 7
 
     assert run_ranks(3, fn) == [True] * 3
+
+
+def interrupted_at(line, function, call):
+    """Call, and press Ctrl-C where a line of a function begins."""
+    lines, first = inspect.getsourcelines(function)
+    number = first + next(n for n, text in enumerate(lines) if line in text)
+
+    def trace(frame, event, arg):
+        if frame.f_code is not function.__code__:
+            return trace if event == "call" else None
+        if event == "line" and frame.f_lineno == number:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            call()
+    finally:
+        sys.settrace(None)
+
+
+@pytest.mark.parametrize("in_callers_thread", [True, False])
+@pytest.mark.parametrize("line", ["while not self._over", "use_here(self._results)", "return self._outcome"])
+def test_a_wait_that_is_interrupted_at_any_line_averages_once_and_leaves_once(line, in_callers_thread):
+    def fn(group):
+        group.in_callers_thread = in_callers_thread
+        handle = start_average(np.full(2, float(group.rank)), group, timeout=20)
+        if group.rank == 0:
+            interrupted_at(line, flight.Flight.land, handle.wait)
+        return handle.wait().tolist(), average(100.0 + group.rank, group)
+
+    assert run_ranks(2, fn) == [([0.5, 0.5], 100.5)] * 2
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_beginning_that_is_interrupted_leaves_nothing_or_what_is_under_way(started, monkeypatch):
+    start, pressed = threading.Thread.start, []
+
+    def interrupt(thread):
+        if not pressed or threading.current_thread() is not pressed[0]:
+            start(thread)
+            return
+        pressed.clear()
+        if started:
+            start(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupt)
+
+    def fn(group):
+        leaf, kept = np.full(1000, float(group.rank)), []
+        known = weakref.ref(leaf)
+        if group.rank == 0:
+            pressed.append(threading.current_thread())
+            with pytest.raises(KeyboardInterrupt):
+                start_with(Options().checked("start_average"), leaf, group, keep=kept.append)
+            if kept[0].is_over:  # called off
+                kept.clear()
+                assert sys.getrefcount(leaf) == 2
+        mean = kept[0].wait() if kept else start_average(leaf, group).wait()
+        del leaf, kept
+        assert known() is None  # without gc
+        return mean[0]
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert run_ranks(2, fn) == [0.5, 0.5]
+    finally:
+        gc.enable()
+
+
+def test_a_handle_that_gc_finds_while_its_thread_ends(monkeypatch):
+    carry_out, gate = flight.carry_out, threading.Event()
+    monkeypatch.setattr(flight, "carry_out", lambda *call: gate.wait() and carry_out(*call))
+
+    class Over(threading.Event):
+        def set(self):
+            super().set()
+            gc.collect()  # as any allocation may
+
+    def fn(group):
+        handle = start_average(np.ones(3), group)
+        handle._flight._over.__class__ = Over
+        thread, cycle = handle._flight._thread, [handle]
+        cycle.append(cycle)
+        del handle, cycle
+        gate.set()
+        thread.join(20)
+        assert not thread.is_alive()
+        return average(1.0, group)
+
+    gc.disable()
+    try:
+        with pytest.warns(RuntimeWarning, match="dropped without wait"):
+            assert run_ranks(1, fn) == [1.0]  # of several, one would collect for another
+    finally:
+        gc.enable()
 
 
 def test_starting_never_waits_for_a_late_rank():
