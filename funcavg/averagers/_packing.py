@@ -41,15 +41,16 @@ def kind_of(leaf: Any) -> str:
 
 def _kinds(leaves: Sequence[Any]) -> dict[str, str]:
     """Return, for the kind of each leaf, that of its vector."""
-    kinds = set(map(kind_of, leaves))
-    if any(map(is_jax, leaves)):
-        return {kind: kind if kind.startswith("torch") else _in_a_program(kind) for kind in kinds}
-    wide = {NARROWED[kind]: kind for kind in kinds & NARROWED.keys()}
-    return {kind: wide.get(kind, kind) for kind in kinds}
+    beside_jax = any(map(is_jax, leaves))
+    kinds = {kind: _in_a_program(kind) if beside_jax else kind for kind in map(kind_of, leaves)}
+    wide = {NARROWED[kind]: kind for kind in kinds.values() if kind in NARROWED}
+    return {kind: wide.get(its, its) for kind, its in kinds.items()}
 
 
 def _in_a_program(kind: str) -> str:
-    """Return the dtype that JAX has for one of NumPy's."""
+    """Return the kind that JAX has for one of NumPy's."""
+    if kind.startswith("torch"):
+        return kind
     return str(sys.modules["jax"].dtypes.canonicalize_dtype(np.dtype(kind)))
 
 
@@ -73,18 +74,17 @@ def lengths_of(fragments: Sequence[Sequence[Any]]) -> Lengths:
 def empty(fragments: Sequence[Sequence[Any]]) -> dict[str, Any]:
     """Return vectors of zeros for the largest of some fragments: JAX's, if there is an array of JAX's among them."""
     everything = [leaf for leaves in fragments for leaf in leaves]
-    kinds, one = _kinds(everything), next(filter(is_jax, everything), None)
-    likes = {kinds[kind_of(leaf)]: leaf for leaf in everything}
-    likes |= {kinds[kind_of(leaf)]: leaf for leaf in everything if is_jax(leaf)}
-    return {kind: _zeros(kind, likes[kind], one, length) for kind, length in lengths_of(fragments).items()}
+    return {kind: _zeros(kind, everything, length) for kind, length in lengths_of(fragments).items()}
 
 
-def _zeros(kind: str, like: Any, one_of_jax: Any, length: int) -> Any:
+def _zeros(kind: str, leaves: Sequence[Any], length: int) -> Any:
+    likes = [leaf for leaf in leaves if kind_of(leaf) == kind]
     if kind.startswith("torch"):
-        return like.new_zeros(length)
-    if one_of_jax is None:
-        return np.zeros(length, np.asarray(like).dtype)
-    return _concatenated(like if is_jax(like) else sys.modules["jax"].numpy.zeros(0, kind), (), length)
+        return likes[0].new_zeros(length)
+    if not any(map(is_jax, leaves)):
+        return np.zeros(length, np.asarray(likes[0]).dtype)
+    like = next(filter(is_jax, likes), None)
+    return _concatenated(sys.modules["jax"].numpy.zeros(0, kind) if like is None else like, (), length)
 
 
 def _concatenated(like: Any, leaves: Sequence[Any], length: int) -> Any:
@@ -146,13 +146,13 @@ def _packed(leaves: Sequence[Any], like: Any) -> Any:
 
 def _vector_of(kind: str, vectors: Mapping[str, Any]) -> str:
     """Return which of the vectors holds leaves of a kind, whatever a program has made of either."""
-    return kind if kind in vectors else next(name for name in vectors if _alike(name) == _alike(kind))
+    return next(name for name in vectors if _alike(name) == _alike(kind))
 
 
 def can_hold(vectors: Mapping[str, Any], lengths: Lengths) -> bool:
     """Say whether vectors are those of `empty` for fragments of these lengths, or what a program has made of them."""
-    found = {name: len(vector) for name, vector in vectors.items()}
-    return found == lengths or {_alike(name): n for name, n in found.items()} == lengths
+    found = {_alike(name): len(vector) for name, vector in vectors.items()}
+    return found == {_alike(kind): length for kind, length in lengths.items()}
 
 
 def forms_of(leaves: Sequence[Any]) -> list[Form]:

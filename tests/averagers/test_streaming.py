@@ -544,6 +544,36 @@ def test_trees_of_numpy_and_of_numbers_in_programs(narrow, before):
     jax.clear_caches()
 
 
+@pytest.mark.parametrize("kinds", [(np.float64, np.float32), (np.float32, np.float64)])
+@pytest.mark.parametrize("array", [np.full, jnp.full])
+def test_leaves_of_two_widths_keep_their_bits(array, kinds):
+    """They share a vector, of the wider kind; in programs, too."""
+
+    def fn(group):
+        with jax.enable_x64(True):
+            averager = streaming_diloco(2, fragments=1, delay=1, outer=outer.sgd(1.0), group=group)
+            params = {name: array(2, (1 + group.rank) / 3, kind) for name, kind in zip("ab", kinds, strict=True)}
+            state = averager.init(params)
+            assert [str(vector.dtype) for vector in state.sent.values()] == ["float64"]
+
+            def step(carry, _=None):
+                params, state = carry
+                changed = {name: leaf + leaf.dtype.type(1 / 7) for name, leaf in params.items()}
+                return averager.update(changed, state), None
+
+            eager = params, state
+            for _ in range(6):
+                eager, _ = step(eager)
+            compiled, _ = jax.lax.scan(step, (params, state), None, length=6)
+            for params, _ in (eager, compiled):
+                assert [leaf.dtype for leaf in params.values()] == list(kinds)
+                for leaf in params.values():  # half of the steps come after their fragment was sent
+                    assert abs(leaf[0] - (0.5 + 3 / 7)) < 8 * np.finfo(leaf.dtype).eps
+
+    run_ranks(2, fn, timeout=100)
+    jax.clear_caches()
+
+
 def test_weights_are_the_same_in_programs_and_files():
     """None of these is a float32."""
 
